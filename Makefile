@@ -1,0 +1,38 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-all lint docs campaign clean
+
+demo: .venv/.installed  ## train a small ViT on embedded pictures and write demo/report.html
+	$(BIN)/vitrail demo
+
+test: .venv/.dev  ## what a contributor runs, under ten minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/.dev  ## both tiers
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev  ## style and types
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/pyright --project pyproject.toml
+
+docs: .venv/.dev  ## check that the documents' commands and links hold
+	$(BIN)/python -m pytest tests/test_docs.py
+
+campaign: .venv/.dev  ## hours of faults and mutations; results go to benchmarks/results
+	$(BIN)/python benchmarks/campaign.py
+
+clean:
+	rm -rf .venv demo runs
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -e .
+	touch $@
+
+.venv/.dev: .venv/.installed
+	$(PIP) -e '.[dev]'
+	touch $@
