@@ -1,0 +1,256 @@
+"""A run: everything that decides its result, in one frozen tree. Presets are values of `RunConfig`."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, cast
+
+from vitrail.config.model import ModelConfig, ViTConfig
+from vitrail.config.preprocessing import Fit, Interpolation
+from vitrail.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputConfig:
+    """Which pictures, and how they reach the model."""
+
+    val: str | None = None
+    """Data to validate on, where it lies apart from `--data`."""
+    val_fraction: float = 0.1
+    """Share of the training pictures set aside, class by class, when the data has no validation part."""
+    fit: Fit = "crop"
+    """Evaluation view: centre crop, pad to the whole picture, or squash."""
+    crop_fraction: float = 0.875
+    """Evaluation view: share of the shorter side that a centre crop keeps."""
+    interpolation: Interpolation = "bicubic"
+    """Filter of the resize, in training and evaluation."""
+    mean: tuple[float, ...] = (0.5,)
+    """Mean of the normalisation, for values in [0, 1]; one value stands for all channels."""
+    std: tuple[float, ...] = (0.5,)
+    """Standard deviation of the normalisation."""
+    workers: int = 2
+    """Decoding threads; 0 decodes in the training thread. The result does not depend on it."""
+    max_broken: float = 0.01
+    """Share of pictures that may be unreadable before the run stops."""
+    balanced: bool = False
+    """Draw every class equally often, instead of every picture once per epoch."""
+
+    def __post_init__(self) -> None:
+        _require_finite(self, "input.")
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"--input.val-fraction must lie between 0 and 1, not {self.val_fraction}.")
+        if not 0 < self.crop_fraction <= 1:
+            raise UserError(f"--input.crop-fraction must lie in (0, 1], not {self.crop_fraction}.")
+        if not 0 <= self.max_broken <= 1:
+            raise UserError(f"--input.max-broken must lie in [0, 1], not {self.max_broken}.")
+        if self.workers < 0:
+            raise UserError(f"--input.workers must not be negative, not {self.workers}.")
+        if min(self.std) <= 0:
+            raise UserError(f"--input.std must be positive, not {self.std}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig:
+    """Training augmentation; every picture draws its own parameters."""
+
+    crop: Literal["resized", "padded", "none"] = "resized"
+    """Random resized crop (Inception), pad-and-crop (CIFAR), or the evaluation view's crop."""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """`resized`: share of the picture's area that is kept, from and to."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """`resized`: aspect ratio of the crop (width over height), from and to."""
+    pad: int = 4
+    """`padded`: pixels of border."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    policy: Literal["none", "randaugment", "trivialaugment", "autoaugment-imagenet", "autoaugment-cifar"] = "none"
+    """Learned or random policy of picture operations."""
+    operations: int = 2
+    """`randaugment`: operations per picture (N)."""
+    magnitude: float = 10.0
+    """`randaugment`: strength (M), from 0 to 10 as in the AutoAugment code; higher values go on linearly."""
+    color_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+    erase: float = 0.0
+    """Probability that a random rectangle is replaced by noise (random erasing)."""
+    cutout: int = 0
+    """Side in pixels of a square set to the mean colour (Cutout); 0 is off."""
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution; 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's Beta distribution; 0 is off. With mixup on as well, each batch draws one of both."""
+
+    def __post_init__(self) -> None:
+        _require_finite(self, "augment.")
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise UserError(f"--augment.crop-area must rise from above 0 to at most 1, not {self.crop_area}.")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise UserError(f"--augment.crop-ratio must be positive and rising, not {self.crop_ratio}.")
+        for name in ("flip", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--augment.{name} is a probability, not {getattr(self, name)}.")
+        for name in ("pad", "operations", "magnitude", "color_jitter", "cutout", "mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--augment.{name.replace('_', '-')} must not be negative, not {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupervisedConfig:
+    """Supervised learning from labelled pictures."""
+
+    loss: Literal["auto", "softmax", "sigmoid"] = "auto"
+    """`auto`: softmax cross-entropy, sigmoid when pictures carry several labels."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes."""
+    class_weights: Literal["none", "auto"] = "none"
+    """`auto`: weigh each class by the inverse of its number of training pictures, mean 1 over the pictures."""
+
+    def __post_init__(self) -> None:
+        _require_finite(self, "recipe.")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"--recipe.label-smoothing must lie in [0, 1), not {self.label_smoothing}.")
+
+
+RecipeConfig = SupervisedConfig  # becomes a union with the second recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (decoupled weight decay) or SGD with momentum."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Decay of weight matrices; biases, norms, positions and class token are left alone."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW: decay of both moments."""
+    momentum: float = 0.9
+    """SGD: momentum."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 is off."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate per layer away from the head; 1 is off."""
+    schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0; at most a fifth of the run."""
+    cooldown_steps: int = 0
+    """`rsqrt`, `constant`: steps of linear descent to 0 at the end."""
+    rsqrt_timescale: int = 10_000
+    """`rsqrt`: 1 / sqrt(1 + steps after warm-up / timescale)."""
+    ema: float = 0.0
+    """Decay of the averaged weights (EMA, Polyak), which are then evaluated and shipped; 0 is off."""
+
+    def __post_init__(self) -> None:
+        _require_finite(self, "optim.")
+        if self.lr <= 0:
+            raise UserError(f"--optim.lr must be positive, not {self.lr}.")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"--optim.ema must lie in [0, 1), not {self.ema}.")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"--optim.layer-decay must lie in (0, 1], not {self.layer_decay}.")
+        if self.rsqrt_timescale < 1:
+            raise UserError(f"--optim.rsqrt-timescale must be at least 1, not {self.rsqrt_timescale}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--optim.betas must lie in [0, 1), not {self.betas}.")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--optim.momentum must lie in [0, 1), not {self.momentum}.")
+        for name in ("weight_decay", "clip_norm", "warmup_steps", "cooldown_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--optim.{name.replace('_', '-')} must not be negative, not {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig:
+    """Length of the run, and what happens on the way. Schedules count steps, never minutes."""
+
+    batch_size: int = 128
+    """Pictures per update, over all processes and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches per update: less memory at the same result."""
+    epochs: float | None = 10.0
+    """Passes over the training pictures; gives way to `steps`."""
+    steps: int | None = None
+    """Updates of the weights."""
+    eval_every: int = 0
+    """Updates between evaluations; 0: ten times in the run."""
+    save_every: int = 0
+    """Updates between checkpoints; 0: twenty times in the run, at least every 200 updates."""
+    keep: int = 2
+    """Checkpoints kept."""
+    log_every: int = 0
+    """Updates per line of `metrics.jsonl`; 0: fifty lines in the run, at least one in 20 updates."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better one."""
+    tensorboard: bool = False
+    """Write TensorBoard scalars into the run folder."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 on GPUs that have it, fp16 on older ones, fp32 elsewhere."""
+
+    def __post_init__(self) -> None:
+        _require_finite(self, "loop.")
+        for name in ("batch_size", "accumulation", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--loop.{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
+        for name in ("eval_every", "save_every", "log_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--loop.{name.replace('_', '-')} must not be negative, not {getattr(self, name)}.")
+        if self.patience is not None and self.patience < 1:
+            raise UserError(f"--loop.patience must be at least 1, not {self.patience}; leave it out to turn it off.")
+        if self.batch_size % self.accumulation:
+            raise UserError(
+                f"--loop.batch-size {self.batch_size} is not a multiple of --loop.accumulation {self.accumulation}."
+            )
+        if self.steps is None and self.epochs is None:
+            raise UserError("a run needs --loop.epochs or --loop.steps.")
+        if (self.steps is not None and self.steps < 1) or (self.epochs is not None and self.epochs <= 0):
+            raise UserError("--loop.epochs and --loop.steps must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One training run. `vitrail train PRESET` starts from a preset; any field is a flag."""
+
+    data: str | None = None
+    """Folder of pictures, CSV manifest, CIFAR or IDX folder, or .npz of arrays."""
+    out: str | None = None
+    """Folder of the run; default: runs/PRESET, or runs/PRESET-2 and so on when that exists; to resume, the last one."""
+    init: str | None = None
+    """Weights to start from: a model folder or weight file. The head is replaced when classes differ."""
+    resume: bool = False
+    """Continue the run in `--out` exactly where its last good checkpoint stands."""
+    minutes: float | None = None
+    """Length of the run; measured into a number of steps once, at the start."""
+    seed: int = 0
+    """Seed of everything random."""
+    model: ModelConfig = field(default_factory=ViTConfig)
+    """The model. Classes come from the data."""
+    input: InputConfig = field(default_factory=InputConfig)
+    """Pictures and how they reach the model."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Training augmentation."""
+    recipe: RecipeConfig = field(default_factory=SupervisedConfig)
+    """Learning method."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Length, evaluation, checkpoints."""
+
+    def __post_init__(self) -> None:
+        _require_finite(self, "")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must lie in [0, 2**63), not {self.seed}.")
+        if self.minutes is not None and self.minutes <= 0:
+            raise UserError(f"--minutes must be positive, not {self.minutes}.")
+
+
+def _require_finite(config: object, section: str) -> None:
+    """Raise UserError for NaN and infinity, which slip through comparisons and fail far from where they were set."""
+    for f in fields(config):  # pyright: ignore[reportArgumentType]
+        value = getattr(config, f.name)
+        numbers = cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"--{section}{f.name.replace('_', '-')} must be a finite number, not {number}.")
