@@ -1,0 +1,83 @@
+"""Multi-head self-attention (Vaswani et al., 2017, section 3.2) and attention pooling."""
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitrail.layers.feedforward import FeedForward
+
+
+class Attention(nn.Module):
+    """Self-attention with query, key and value in one matrix. Fused kernels compute it; `weights` shows it."""
+
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        query, key, value = self._project(x)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.out(rearrange(mixed, "b heads n dh -> b n (heads dh)"))
+
+    def weights(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b heads n n"]:
+        """Return the attention probabilities that `forward` uses without ever holding them."""
+        query, key, _ = self._project(x)
+        return torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return rearrange(self.qkv(x), "b n (three heads dh) -> three b heads n dh", three=3, heads=self.heads).unbind(0)
+
+    def init_weights(self) -> None:
+        for part in self.qkv.weight.chunk(3):  # three matrices, each with its own fan-out
+            nn.init.xavier_uniform_(part)
+        nn.init.xavier_uniform_(self.out.weight)
+        for layer in (self.qkv, self.out):
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class AttentionPool(nn.Module):
+    """Multi-head attention pooling, "MAP" (Zhai et al., 2022, arXiv 2106.04560, section 3.3; big_vision MAPHead).
+
+    A learned probe asks the tokens once; a residual feed-forward network follows. The query is not normalised.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_dim: int, *, gelu: str, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.probe = nn.Parameter(torch.empty(1, 1, width))
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.mlp = FeedForward(width, mlp_dim, gelu=gelu)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
+        query, key, value = self._project(x)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        pooled = self.out(rearrange(mixed, "b heads one dh -> b one (heads dh)"))
+        return (pooled + self.mlp(self.norm(pooled)))[:, 0]
+
+    def weights(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b heads 1 n"]:
+        """Return how much of each token the probe takes, per head."""
+        query, key, _ = self._project(x)
+        return torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query = rearrange(
+            self.query(repeat(self.probe, "1 1 d -> b 1 d", b=len(x))), "b n (h d) -> b h n d", h=self.heads
+        )
+        key, value = rearrange(self.key_value(x), "b n (two h d) -> two b h n d", two=2, h=self.heads).unbind(0)
+        return query, key, value
+
+    def init_weights(self) -> None:
+        for weight in (self.probe[0], self.query.weight, *self.key_value.weight.chunk(2), self.out.weight):
+            nn.init.xavier_uniform_(weight)
+        for layer in (self.query, self.key_value, self.out):
+            nn.init.zeros_(layer.bias)
+        self.norm.reset_parameters()
+        self.mlp.init_weights()

@@ -1,0 +1,32 @@
+"""Models by configuration or name."""
+
+import torch
+
+from vitrail.config.model import ModelConfig, ViTConfig, model_config
+from vitrail.models.base import ImageModel
+from vitrail.models.vit import ViT
+
+__all__ = ["ImageModel", "ViT", "build", "create_model"]
+
+
+def build(config: ModelConfig) -> ImageModel:
+    """Return the model of a configuration, freshly initialised (left empty under `torch.device("meta")`)."""
+    match config:
+        case ViTConfig():
+            model = ViT(config)
+    if next(model.parameters()).device != torch.device("meta"):
+        model.init_weights()
+    return model
+
+
+def create_model(name: str, **overrides: object) -> ImageModel:
+    """Return a freshly initialised model.
+
+    Args:
+        name: A name of `vitrail.list_models()` or a leaderboard alias ("ViT-H/14"); case matters in aliases.
+        **overrides: Fields of the family's configuration, as `num_classes=100`, `image_size=384`, `channels=1`.
+
+    Raises:
+        UserError: When there is no such model or field.
+    """
+    return build(model_config(name, **overrides))

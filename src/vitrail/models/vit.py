@@ -1,0 +1,160 @@
+"""Vision Transformer: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, arXiv 2010.11929).
+
+The figure of the paper, read from bottom to top, is `ViT.tokens`: patches, class token, positions, L blocks, norm.
+`pool` and `positions` cover big_vision's variants, among them ViT-G/14 (arXiv 2106.04560) with attention pooling.
+"""
+
+import math
+from typing import final
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitrail.config.model import ViTConfig
+from vitrail.layers.attention import Attention, AttentionPool
+from vitrail.layers.embedding import resize_positions, sincos_positions
+from vitrail.layers.feedforward import FeedForward
+from vitrail.layers.residual import DropPath
+from vitrail.models.base import ImageModel
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer encoder block (section 3.1, equations 2 and 3)."""
+
+    def __init__(self, config: ViTConfig, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config.width, config.heads, qkv_bias=config.qkv_bias)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = FeedForward(config.width, config.mlp_dim, gelu=config.gelu, dropout=config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        x = x + self.drop_path(self.dropout(self.attention(self.norm1(x))))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def init_weights(self) -> None:
+        self.norm1.reset_parameters()
+        self.attention.init_weights()
+        self.norm2.reset_parameters()
+        self.mlp.init_weights()
+
+
+@final
+class ViT(ImageModel):
+    """Vision Transformer of any size, patch, pooling and picture size."""
+
+    config: ViTConfig
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        width, rows = config.width, config.grid[0] * config.grid[1]
+        self.patch_embed = nn.Conv2d(config.channels, width, config.patch_size, stride=config.patch_size)
+        self.class_token = nn.Parameter(torch.empty(1, 1, width)) if config.pool == "token" else None
+        if config.positions == "sincos":
+            self.positions = None
+        else:
+            self.positions = nn.Parameter(torch.empty(1, rows + (config.positions == "learned"), width))
+        self.dropout = nn.Dropout(config.dropout)
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.encoder = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.attention_pool = None
+        if config.pool == "map":
+            self.attention_pool = AttentionPool(
+                width, config.heads, config.mlp_dim, gelu=config.gelu, eps=config.norm_eps
+            )
+        self.pre_logits = nn.Linear(width, config.pre_logits) if config.pre_logits else None
+        self.head = nn.Linear(config.pre_logits or width, config.num_classes) if config.num_classes else None
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
+        features = self.features(images)
+        return features if self.head is None else self.head(features)
+
+    def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        tokens = self.tokens(images)
+        if self.attention_pool is not None:
+            pooled = self.attention_pool(tokens)
+        else:
+            pooled = tokens[:, 0] if self.class_token is not None else tokens.mean(dim=1)
+        return pooled if self.pre_logits is None else torch.tanh(self.pre_logits(pooled))
+
+    def tokens(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """Return the encoder's output after the final norm: the class token, where there is one, then the patches."""
+        x = self.embed(images)
+        for block in self.encoder:
+            x = block(x)
+        return self.norm(x)
+
+    def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """Return patches with class token and positions: what enters the first block (equation 1)."""
+        patches = self.patch_embed(images)
+        grid = (patches.shape[2], patches.shape[3])
+        x = rearrange(patches, "b d h w -> b (h w) d")
+        class_row, patch_rows = self.position_rows(grid)
+        x = x + patch_rows.to(x.dtype)
+        if self.class_token is not None:
+            token = self.class_token if class_row is None else self.class_token + class_row
+            x = torch.cat([token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        return self.dropout(x)
+
+    def position_rows(self, grid: tuple[int, int]) -> tuple[Float[Tensor, "1 1 d"] | None, Float[Tensor, "1 n d"]]:
+        """Return the class token's position, where it has one, and those of a grid of patches, resized if need be."""
+        if self.positions is None:
+            table = sincos_positions(*grid, self.config.width)
+            return None, table.to(self.patch_embed.weight.device)
+        if self.config.positions == "learned":
+            return self.positions[:, :1], resize_positions(self.positions[:, 1:], self.config.grid, grid)
+        return None, resize_positions(self.positions, self.config.grid, grid)
+
+    def blocks(self) -> list[Block]:
+        return [block for block in self.encoder if isinstance(block, Block)]
+
+    def depth_of(self, name: str) -> int:
+        root, *rest = name.split(".")
+        if root == "encoder":
+            return int(rest[0]) + 1
+        return 0 if root in ("patch_embed", "class_token", "positions") else self.config.depth + 1
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise as the official code does (vision_transformer `models_vit.py`, big_vision `models/vit.py`).
+
+        | parameter | value |
+        |---|---|
+        | patch embedding | LeCun normal; bias 0 |
+        | class token | 0 |
+        | positions | N(0, 0.02); big_vision's tables without a class row: N(0, 1 / sqrt(width)) |
+        | attention and feed-forward matrices | Xavier uniform; biases 0 and N(0, 1e-6) |
+        | pre-logits | LeCun normal; bias 0 |
+        | head | 0; bias `head_bias` |
+        """
+        config = self.config
+        _lecun_normal(self.patch_embed)
+        if self.class_token is not None:
+            nn.init.zeros_(self.class_token)
+        if self.positions is not None:
+            nn.init.normal_(self.positions, std=0.02 if config.positions == "learned" else config.width**-0.5)
+        for block in self.blocks():
+            block.init_weights()
+        self.norm.reset_parameters()
+        if self.attention_pool is not None:
+            self.attention_pool.init_weights()
+        if self.pre_logits is not None:
+            _lecun_normal(self.pre_logits)
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+            nn.init.constant_(self.head.bias, config.head_bias)
+
+
+def _lecun_normal(layer: nn.Conv2d | nn.Linear) -> None:
+    """Truncated normal at two deviations with variance 1 / fan-in, as flax draws it; bias 0."""
+    fan_in = layer.weight[0].numel()
+    # 0.8796...: deviation of a unit normal truncated at 2
+    std = math.sqrt(1.0 / fan_in) / 0.87962566103423978
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
