@@ -1,0 +1,142 @@
+"""What data is to the rest of the library: pictures by index with labels, and batches of them."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from vitrail.errors import UserError
+
+Picture = UInt8[np.ndarray, "h w c"]
+Resized = UInt8[np.ndarray, "rows columns c"]  # a picture at another size than one beside it
+BoxChooser = Callable[[int, int], tuple[float, float, float, float]]
+
+
+class Source(ABC):
+    """Labelled pictures by index. Knows nothing of models, order or augmentation."""
+
+    classes: tuple[str, ...]
+    """Class names, in the order of the labels."""
+    targets: Int[np.ndarray, " n"] | Float[np.ndarray, "n classes"]
+    """Class indices (int64), or 0/1 rows (float32) when a picture may carry several labels."""
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a picture may carry several labels."""
+        return self.targets.ndim == 2
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @abstractmethod
+    def load(self, index: int) -> Picture:
+        """Return one picture, upright, as uint8 rows x columns x channels.
+
+        Safe to call from several threads.
+
+        Raises:
+            BrokenPicture: When it cannot be read, or its pixels would be silently wrong.
+        """
+
+    @abstractmethod
+    def load_crop(self, index: int, choose_box: BoxChooser, size: tuple[int, int], interpolation: str) -> Picture:
+        """Return a crop of one picture, resized to rows and columns `size`: what training decodes.
+
+        `choose_box` gets the upright picture's height and width and returns top, left, height, width in pixels.
+        Large JPEGs may be decoded at a reduced scale.
+
+        Raises:
+            BrokenPicture: As `load`.
+        """
+
+    def pixels(self) -> UInt8[np.ndarray, "n h w c"] | None:
+        """Return all pictures as one array when they lie in memory at one size, else None."""
+        return None
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return a name a person can find the picture by: its path, or `train.bin#17`."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash of the pictures and labels, to tell whether two runs saw the same data."""
+
+    def class_counts(self) -> Int[np.ndarray, " classes"]:
+        """Return the number of pictures per class."""
+        if self.multi_label:
+            return self.targets.sum(axis=0).astype(np.int64)
+        return np.bincount(self.targets, minlength=len(self.classes))
+
+
+class Subset(Source):
+    """Some pictures of another source, in the order given."""
+
+    def __init__(self, source: Source, indices: Sequence[int] | Int[np.ndarray, " n"]) -> None:
+        self.source = source
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.classes = source.classes
+        self.targets = source.targets[self.indices]
+
+    def load(self, index: int) -> Picture:
+        return self.source.load(int(self.indices[index]))
+
+    def load_crop(self, index: int, choose_box: BoxChooser, size: tuple[int, int], interpolation: str) -> Picture:
+        return self.source.load_crop(int(self.indices[index]), choose_box, size, interpolation)
+
+    def pixels(self) -> UInt8[np.ndarray, "n h w c"] | None:
+        whole = self.source.pixels()
+        return None if whole is None else whole[self.indices]
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        chosen = hashlib.sha256(self.indices.tobytes()).hexdigest()[:16]
+        return f"{self.source.fingerprint()}[{len(self)} of {len(self.source)}: {chosen}]"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The parts of a data set. `val` may have been set aside from `train`; `test` is untouched until the end."""
+
+    train: Source
+    val: Source | None = None
+    test: Source | None = None
+
+    def for_evaluation(self, split: str | None = None) -> tuple[str, Source]:
+        """Return the name and pictures of one part: the one asked for, else test, else val, else train.
+
+        Raises:
+            UserError: When the data has no such part.
+        """
+        parts = {"test": self.test, "val": self.val, "train": self.train}
+        for name in (split,) if split else parts:
+            if (source := parts.get(name)) is not None:
+                return name, source
+        raise UserError(f"the data has no part {split!r}; it has {', '.join(k for k, v in parts.items() if v)}.")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures on their way to the model."""
+
+    images: UInt8[Tensor, "b c h w"]
+    """Pixels as stored, cropped to the model's size where pictures differ in size."""
+    targets: Int[Tensor, " b"] | Float[Tensor, "b classes"]
+    """Class indices, or 0/1 rows."""
+    keys: Int[Tensor, " b"]
+    """One random key per picture, a function of (seed, epoch, index, how often it came before): for augmentation."""
+    cropped: bool
+    """Whether the random crop has been taken already, while decoding."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on another device."""
+        return replace(self, images=self.images.to(device), targets=self.targets.to(device), keys=self.keys.to(device))

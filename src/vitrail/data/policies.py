@@ -1,0 +1,251 @@
+"""Augmentation policies: which operations a picture gets, and how strong.
+
+- AutoAugment (Cubuk et al., 2019, arXiv 1805.09501): one of 25 learned pairs of operations, each with a probability.
+- RandAugment (Cubuk et al., 2020, arXiv 1909.13719): N operations at random, all at magnitude M.
+- TrivialAugment (Müller and Hutter, 2021, arXiv 2103.10158): one operation at one of 31 strengths, wide space.
+
+All draw a table row per picture; the rows say operation and argument. Operations act in groups of pictures.
+"""
+
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitrail.config.run import AugmentConfig
+from vitrail.data import operations as ops
+from vitrail.data.random import Draw, choice, uniform
+
+Plan = tuple[Int[Tensor, "b n"], Float[Tensor, "b n"]]
+"""Number in OPERATIONS and argument of the n operations that each picture gets, in turn."""
+
+WITHOUT_ARGUMENT = {"AutoContrast": ops.auto_contrast, "Equalize": ops.equalize, "Invert": ops.invert}
+WITH_ARGUMENT = {
+    "Posterize": ops.posterize,
+    "Solarize": ops.solarize,
+    "SolarizeAdd": ops.solarize_add,
+    "Color": ops.color,
+    "Contrast": ops.contrast,
+    "Brightness": ops.brightness,
+    "Sharpness": ops.sharpness,
+}
+AFFINE = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")  # their argument gets a random sign
+OPERATIONS = ("Identity", *WITHOUT_ARGUMENT, *WITH_ARGUMENT, *AFFINE, "Cutout")
+ENHANCE = ("Color", "Contrast", "Brightness", "Sharpness")
+
+# All of RandAugment's; TrivialAugment has no Invert, SolarizeAdd and Cutout, but Identity.
+RANDAUGMENT = tuple(name for name in OPERATIONS if name != "Identity")
+TRIVIALAUGMENT = tuple(name for name in OPERATIONS if name not in ("Invert", "SolarizeAdd", "Cutout"))
+TRIVIAL_LEVELS = 31
+
+Pair = tuple[tuple[str, float, int], tuple[str, float, int]]
+
+# Operation, probability, level 0 to 9. Operations without a strength have level 0 here. The paper's own repetitions
+# stay: they are weights. Its table 9, ImageNet:
+AUTOAUGMENT_IMAGENET: tuple[Pair, ...] = (
+    (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 0)),
+    (("Equalize", 0.8, 0), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.6, 7), ("Posterize", 0.6, 6)),
+    (("Equalize", 0.4, 0), ("Solarize", 0.2, 4)),
+    (("Equalize", 0.4, 0), ("Rotate", 0.8, 8)),
+    (("Solarize", 0.6, 3), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.8, 5), ("Equalize", 1.0, 0)),
+    (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)),
+    (("Equalize", 0.6, 0), ("Posterize", 0.4, 6)),
+    (("Rotate", 0.8, 8), ("Color", 0.4, 0)),
+    (("Rotate", 0.4, 9), ("Equalize", 0.6, 0)),
+    (("Equalize", 0.0, 0), ("Equalize", 0.8, 0)),
+    (("Invert", 0.6, 0), ("Equalize", 1.0, 0)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
+    (("Color", 0.8, 8), ("Solarize", 0.8, 7)),
+    (("Sharpness", 0.4, 7), ("Invert", 0.6, 0)),
+    (("ShearX", 0.6, 5), ("Equalize", 1.0, 0)),
+    (("Color", 0.4, 0), ("Equalize", 0.6, 0)),
+    (("Equalize", 0.4, 0), ("Solarize", 0.2, 4)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 0)),
+    (("Invert", 0.6, 0), ("Equalize", 1.0, 0)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Equalize", 0.8, 0), ("Equalize", 0.6, 0)),
+)
+# Table 7, CIFAR-10 (used for CIFAR-100 as well).
+AUTOAUGMENT_CIFAR: tuple[Pair, ...] = (
+    (("Invert", 0.1, 0), ("Contrast", 0.2, 6)),
+    (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
+    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
+    (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.5, 0), ("Equalize", 0.9, 0)),
+    (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
+    (("Color", 0.4, 3), ("Brightness", 0.6, 7)),
+    (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
+    (("Equalize", 0.6, 0), ("Equalize", 0.5, 0)),
+    (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
+    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)),
+    (("Equalize", 0.3, 0), ("AutoContrast", 0.4, 0)),
+    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)),
+    (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
+    (("Solarize", 0.5, 2), ("Invert", 0.0, 0)),
+    (("Equalize", 0.2, 0), ("AutoContrast", 0.6, 0)),
+    (("Equalize", 0.2, 0), ("Equalize", 0.6, 0)),
+    (("Color", 0.9, 9), ("Equalize", 0.6, 0)),
+    (("AutoContrast", 0.8, 0), ("Solarize", 0.2, 8)),
+    (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
+    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, 0)),
+    (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.9, 0), ("Solarize", 0.8, 3)),
+    (("Equalize", 0.8, 0), ("Invert", 0.1, 0)),
+    (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, 0)),
+)
+
+
+def apply_policy(
+    images: Float[Tensor, "b c h w"], keys: Int[Tensor, " b"], config: AugmentConfig, fill: Float[Tensor, "c 1 1"]
+) -> Float[Tensor, "b c h w"]:
+    """Apply the configured policy to pictures of whole levels, in place, and return them.
+
+    Args:
+        images: Pictures, overwritten.
+        keys: What each picture draws from.
+        config: `policy`, and for RandAugment `operations` and `magnitude`.
+        fill: Colour of what comes into the picture from outside, and of Cutout's squares; whole levels.
+    """
+    size = images.shape[2], images.shape[3]
+    numbers, arguments = plan_policy(keys, config, size)
+    count = numbers.shape[1]
+    signed = _signed_operations(keys.device)[numbers] & (uniform(keys, Draw.POLICY_SIGN, (count,)) < 0.5)
+    arguments = torch.where(signed, -arguments, arguments)
+    centres = [
+        choice(keys, draw, n, (count,)) for draw, n in zip((Draw.POLICY_TOP, Draw.POLICY_LEFT), size, strict=True)
+    ]
+    for turn in range(count):
+        # One sort and one look at the counts serve all operations: on a GPU, one synchronisation instead of sixteen.
+        counts = torch.bincount(numbers[:, turn], minlength=len(OPERATIONS)).tolist()
+        groups = numbers[:, turn].argsort(stable=True).split(counts)
+        chosen = {name: rows for name, rows in zip(OPERATIONS, groups, strict=True) if len(rows)}
+        _apply(images, chosen, arguments[:, turn], (centres[0][:, turn], centres[1][:, turn]), fill)
+    return images
+
+
+def plan_policy(keys: Int[Tensor, " b"], config: AugmentConfig, size: tuple[int, int]) -> Plan:
+    """Return what `config.policy` does to each picture of rows and columns `size`, before signs are drawn."""
+    numbers, arguments, chances = _table(config.policy, config.magnitude, size, keys.device)
+    if config.policy == "randaugment":
+        rows = choice(keys, Draw.POLICY_OPERATION, len(numbers), (config.operations,))
+        return numbers[rows, 0], arguments[rows, 0]
+    rows = choice(keys, Draw.POLICY_OPERATION, len(numbers))
+    acts = uniform(keys, Draw.POLICY_APPLY, (numbers.shape[1],)) < chances[rows]
+    return torch.where(acts, numbers[rows], OPERATIONS.index("Identity")), arguments[rows]
+
+
+def randaugment_argument(name: str, level: float, size: tuple[int, int]) -> float:
+    """Return an operation's argument at RandAugment's `level`, as in big_vision (pp/archive/autoaugment.py).
+
+    Level 10 is AutoAugment's full range; higher levels go on. No level is off: Posterize keeps int(0.4 * level) bits
+    and Solarize inverts from int(25.6 * level), so these act most at 0. There, translation is at most 100 pixels and
+    Cutout's half side 40, at 224 pixels; here both grow with the picture.
+    """
+    height, width = size
+    share = level / 10
+    if name in ENHANCE:
+        return 0.1 + 1.8 * share
+    scales = {
+        "Posterize": min(8, int(4 * share)),
+        "Solarize": int(256 * share),
+        "SolarizeAdd": int(110 * share),
+        "Rotate": 30 * share,
+        "ShearX": 0.3 * share,
+        "ShearY": 0.3 * share,
+        "TranslateX": round(100 * share * width / 224),
+        "TranslateY": round(100 * share * height / 224),
+        "Cutout": int(40 * share * min(size) / 224),
+    }
+    return float(scales.get(name, 0))
+
+
+def trivialaugment_argument(name: str, level: int) -> float:
+    """Return an operation's argument at TrivialAugment's `level`, 0 to 30, in the wide space of the official code."""
+    last = TRIVIAL_LEVELS - 1
+    if name in ENHANCE:
+        return 0.01 + 1.99 * level / last
+    scales = {
+        "Posterize": 8 - int(level * 6 / last),
+        "Solarize": 256 - int(level * 256 / last),
+        "Rotate": int(level * 135 / last),
+        "ShearX": 0.99 * level / last,
+        "ShearY": 0.99 * level / last,
+        "TranslateX": int(level * 32 / last),
+        "TranslateY": int(level * 32 / last),
+    }
+    return float(scales.get(name, 0))
+
+
+def autoaugment_argument(name: str, level: int, size: tuple[int, int]) -> float:
+    """Return an operation's argument at AutoAugment's `level`: ten even steps, 0 to 9, through the range of table 6.
+
+    Posterize and Solarize grow stronger with the level, as in the official CIFAR code and torchvision; translation is
+    the paper's 150 of 331 pixels, as a share of the picture.
+    """
+    height, width = size
+    share = level / 9
+    if name in ENHANCE:
+        return 0.1 + 1.8 * share
+    scales = {
+        "Posterize": 8 - round(4 * share),
+        "Solarize": 256 * (1 - share),
+        "Rotate": 30 * share,
+        "ShearX": 0.3 * share,
+        "ShearY": 0.3 * share,
+        "TranslateX": round(150 / 331 * share * width),
+        "TranslateY": round(150 / 331 * share * height),
+    }
+    return float(scales.get(name, 0))
+
+
+@lru_cache(maxsize=16)
+def _table(
+    policy: str, magnitude: float, size: tuple[int, int], device: torch.device
+) -> tuple[Int[Tensor, "rows n"], Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
+    """Return number, argument and probability of the operations of every row that the policy draws from."""
+    rows: list[list[tuple[str, float, float]]]
+    if policy == "randaugment":
+        rows = [[(name, randaugment_argument(name, magnitude, size), 1.0)] for name in RANDAUGMENT]
+    elif policy == "trivialaugment":
+        levels = range(TRIVIAL_LEVELS)
+        rows = [[(name, trivialaugment_argument(name, level), 1.0)] for name in TRIVIALAUGMENT for level in levels]
+    else:
+        pairs = {"autoaugment-cifar": AUTOAUGMENT_CIFAR, "autoaugment-imagenet": AUTOAUGMENT_IMAGENET}[policy]
+        rows = [[(name, autoaugment_argument(name, level, size), p) for name, p, level in pair] for pair in pairs]
+    with torch.inference_mode(False):  # a cached inference tensor would spoil later training
+        numbers = torch.tensor([[OPERATIONS.index(name) for name, _, _ in row] for row in rows], device=device)
+        arguments = torch.tensor([[argument for _, argument, _ in row] for row in rows], device=device)
+        chances = torch.tensor([[chance for _, _, chance in row] for row in rows], device=device)
+    return numbers, arguments.float(), chances
+
+
+@lru_cache(maxsize=4)
+def _signed_operations(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([name in AFFINE for name in OPERATIONS], device=device)
+
+
+def _apply(
+    images: Tensor, chosen: dict[str, Tensor], arguments: Tensor, centres: tuple[Tensor, Tensor], fill: Tensor
+) -> None:
+    """Overwrite the rows that `chosen` lists by operation."""
+    height, width = images.shape[2:]
+    maps = []
+    for name, rows in chosen.items():
+        argument = arguments[rows]
+        if name in WITHOUT_ARGUMENT:
+            images[rows] = WITHOUT_ARGUMENT[name](images[rows])
+        elif name in WITH_ARGUMENT:
+            images[rows] = WITH_ARGUMENT[name](images[rows], argument)
+        elif name == "Cutout":
+            images[rows] = ops.cutout(images[rows], argument, centres[0][rows], centres[1][rows], fill)
+        elif name in AFFINE:
+            maps.append((rows, ops.affine_maps(name, argument, (height, width))))
+    if maps:  # all geometry in one go
+        rows = torch.cat([rows for rows, _ in maps])
+        images[rows] = ops.affine(images[rows], torch.cat([part for _, part in maps]), fill)
