@@ -1,0 +1,151 @@
+"""Weights for another task: other picture size, classes or channels. Used when loading and to start a training run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from vitrail.checkpoints.assemble import assemble
+from vitrail.config.codec import from_json, to_json
+from vitrail.config.model import ModelConfig, ViTConfig
+from vitrail.config.preprocessing import Preprocessing
+from vitrail.errors import UserError, did_you_mean
+from vitrail.layers.embedding import PositionResize, resize_positions
+from vitrail.models import ImageModel
+
+SETTINGS = ("gelu", "dropout", "drop_path")
+"""Overrides that change no tensor."""
+SHAPES = ("image_size", "num_classes", "channels")
+"""Overrides that change tensors."""
+
+
+def check_overrides(overrides: Mapping[str, object]) -> None:
+    """Raise a UserError for a keyword that loading does not know, before anything is read."""
+    known = (*SETTINGS, *SHAPES, "position_resize")
+    for key in overrides:
+        if key not in known:
+            raise UserError(
+                f"a loaded model cannot be given {key!r}.{did_you_mean(key, known)} "
+                f"What can be changed: {', '.join(known)}."
+            )
+    method = overrides.get("position_resize")
+    if method is not None and method not in get_args(PositionResize):
+        raise UserError(f"position_resize must be one of {', '.join(get_args(PositionResize))}, not {method!r}.")
+
+
+def with_overrides(model: ImageModel, overrides: Mapping[str, object]) -> ImageModel:
+    """Return the model with the keywords of `load_model` applied; it takes over the tensors of `model`."""
+    check_overrides(overrides)
+    changes = {key: value for key, value in overrides.items() if key in (*SETTINGS, *SHAPES)}
+    wanted = _changed(model.config, changes)
+    settings = {key: getattr(wanted, key) for key in SETTINGS if key in overrides}
+    if settings:
+        changed = assemble(replace(model.config, **settings), model.state_dict(), "the model")
+        model = _described(changed, model.preprocessing, model.labels, model.multi_label)
+    shapes = {key: getattr(wanted, key) for key in SHAPES if key in overrides}
+    return adapt(model, **shapes, position_resize=overrides.get("position_resize"))  # pyright: ignore[reportArgumentType]
+
+
+def adapt(
+    model: ImageModel,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    channels: int | None = None,
+    labels: Sequence[str] | None = None,
+    position_resize: PositionResize | None = None,
+) -> ImageModel:
+    """Return a model for another task, which takes over the tensors of `model` where they still fit.
+
+    Args:
+        model: Not to be used afterwards.
+        image_size: Picture size in pixels, height and width or one number; learned positions are resized.
+        num_classes: Outputs. Another number than the model's brings a fresh head of zeros in place of the head and of
+            `pre_logits`, as in the ViT paper (section 3.2); 0 removes the head alone.
+        channels: 3 to 1 sums the patch embedding over the channels, 1 to 3 spreads it evenly: a grey picture gives
+            the same answer either way, when all channels are normalised alike.
+        labels: Class names. Others than those the model knows bring a fresh head, even where their number is the same.
+        position_resize: Whose method resizes positions; "official" if None.
+
+    Raises:
+        UserError: When a value is impossible.
+    """
+    if position_resize is not None and image_size is None:
+        raise UserError("position_resize= says how positions are resized; it needs image_size= to say to what.")
+    if num_classes is None:
+        num_classes = len(labels) if labels else model.config.num_classes
+    if num_classes < 0 or (labels and len(labels) != num_classes):
+        raise UserError(f"num_classes={num_classes} does not fit {len(labels or ())} labels; give a label per class.")
+
+    config, state, preprocessing = model.config, dict(model.state_dict()), model.preprocessing
+    changes = {"image_size": image_size, "channels": channels}
+    target = _changed(config, {key: value for key, value in changes.items() if value is not None})
+    if target.image_size != config.image_size:
+        _resize_positions(state, config, target, position_resize or "official")
+    if target.channels != config.channels:
+        _change_channels(state, config.channels, target.channels)
+        preprocessing = replace(preprocessing, mean=_grey(preprocessing.mean), std=_grey(preprocessing.std))
+    preprocessing = replace(preprocessing, image_size=target.image_size, channels=target.channels)
+
+    names = tuple(labels) if labels else model.labels
+    same_head = num_classes == config.num_classes and (not model.labels or names == model.labels)
+    if not same_head:
+        target = _replace_head(state, target, num_classes)
+        names = tuple(labels) if labels else ()
+    if target == config and names == model.labels and same_head:
+        return model
+    adapted = assemble(target, state, "the model")
+    return _described(adapted, preprocessing, names, model.multi_label and same_head)
+
+
+def _resize_positions(state: dict[str, Tensor], old: ViTConfig, new: ViTConfig, method: PositionResize) -> None:
+    if old.positions == "sincos":
+        return
+    class_rows = 1 if old.positions == "learned" else 0
+    rows = state["positions"]
+    resized = resize_positions(rows[:, class_rows:], old.grid, new.grid, method)
+    state["positions"] = torch.cat([rows[:, :class_rows], resized], dim=1)
+
+
+def _change_channels(state: dict[str, Tensor], old: int, new: int) -> None:
+    kernel = state["patch_embed.weight"]
+    if (old, new) == (3, 1):
+        state["patch_embed.weight"] = kernel.sum(dim=1, keepdim=True)
+    elif (old, new) == (1, 3):
+        state["patch_embed.weight"] = (kernel / 3).repeat(1, 3, 1, 1)
+    else:
+        raise UserError(
+            f"weights for {old} channels cannot be adapted to {new}, only 3 to 1 and 1 to 3. "
+            f"Start from fresh weights with create_model(..., channels={new}), or give pictures of {old} channels."
+        )
+
+
+def _replace_head(state: dict[str, Tensor], config: ViTConfig, num_classes: int) -> ViTConfig:
+    """Put a head of zeros in place of the old one, and return the configuration for it."""
+    like = state["norm.weight"]
+    for name in [name for name in state if name.split(".")[0] in ("head", "pre_logits")]:
+        if num_classes or name.startswith("head."):
+            del state[name]
+    if num_classes == 0:
+        return replace(config, num_classes=0)
+    state["head.weight"] = like.new_zeros(num_classes, config.width)
+    state["head.bias"] = like.new_zeros(num_classes)
+    return replace(config, num_classes=num_classes, pre_logits=0, head_bias=0.0)
+
+
+def _grey(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Return one value for all channels: what a grey picture is normalised by in place of a coloured one."""
+    return values if len(set(values)) == 1 else (sum(values) / len(values),)
+
+
+def _changed(config: ModelConfig, changes: Mapping[str, object]) -> ModelConfig:
+    """Return `config` with changes, every one checked for its type. One number stands for both sides of a size."""
+    pairs = {key: (value, value) for key, value in changes.items() if key == "image_size" and isinstance(value, int)}
+    return from_json(type(config), to_json(config) | dict(changes) | pairs)
+
+
+def _described(model: ImageModel, preprocessing: Preprocessing, labels: Sequence[str], multi_label: bool) -> ImageModel:
+    model.preprocessing, model.labels, model.multi_label = preprocessing, tuple(labels), multi_label
+    return model

@@ -1,0 +1,271 @@
+"""Names of the official Vision Transformer weights: google-research/vision_transformer and google-research/big_vision.
+
+What came out over the years is brought to one form first, then one table reads it:
+
+- blocks named `MultiHeadDotProductAttention_1`, `LayerNorm_2`, `MlpBlock_3` (published) or `_0`, `_1`, `_0` (now);
+- blocks one by one, or stacked along a leading axis (big_vision, scan);
+- the position table in one of three places, with or without a row for the class token, or none (sin-cos);
+- attention pooling under `MAPHead_0`, or at the top level (early ViT-G);
+- everything under `params/`, `params/img/` (image tower) or `opt/target/` (optimizer dump).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+from typing import final
+
+import numpy as np
+from torch import Tensor
+
+from vitrail.checkpoints.names import (
+    CONV,
+    DENSE,
+    FROM_HEADS,
+    HEADS_BIAS,
+    SAME,
+    TO_HEADS,
+    Arrays,
+    NameTable,
+    Row,
+    read_rows,
+    write_rows,
+)
+from vitrail.config.model import ModelConfig, Pool, Positions, ViTConfig
+from vitrail.config.preprocessing import Fit, Preprocessing
+from vitrail.errors import UserError
+from vitrail.models.base import ImageModel
+
+BLOCK = "Transformer/encoderblock_{}"
+ATTENTION = "MultiHeadDotProductAttention_0"
+PUBLISHED = (
+    (ATTENTION, "MultiHeadDotProductAttention_1"),
+    ("LayerNorm_1", "LayerNorm_2"),
+    ("MlpBlock_0", "MlpBlock_3"),
+)
+"""Names within a block, now and in the published files."""
+POSITIONS = ("pos_embedding", "Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding")
+"""Places of the position table; the first is the one that the table below knows."""
+INLINED_POOL = ("probe", "MlpBlock_0/", f"{ATTENTION}/", "LayerNorm_0/")
+PREFIXES = (
+    ("opt/target/", r"opt/state/.*|extra/.*"),
+    ("params/img/", r"params/txt/.*|params/[tb]|opt/.*|extra/.*"),
+    ("params/", r"opt/.*|extra/.*"),
+)
+"""Where weights lie in big_vision's files, and what else may lie beside them. The first prefix that occurs counts."""
+
+
+def _layer(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}.weight", (f"{theirs}/kernel",), DENSE), Row(f"{ours}.bias", (f"{theirs}/bias",))]
+
+
+def _norm(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}.weight", (f"{theirs}/scale",)), Row(f"{ours}.bias", (f"{theirs}/bias",))]
+
+
+def _heads(ours: str, theirs: str, *parts: str, bias: bool = True) -> list[Row]:
+    rows = [Row(f"{ours}.weight", tuple(f"{theirs}/{part}/kernel" for part in parts), TO_HEADS)]
+    if bias:
+        rows.append(Row(f"{ours}.bias", tuple(f"{theirs}/{part}/bias" for part in parts), HEADS_BIAS))
+    return rows
+
+
+def _out(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}.weight", (f"{theirs}/kernel",), FROM_HEADS), Row(f"{ours}.bias", (f"{theirs}/bias",))]
+
+
+def vit_rows(config: ViTConfig) -> list[Row]:
+    """Return the name table of a Vision Transformer, in the one form that all files are brought to."""
+    pool = "MAPHead_0"
+    rows = [Row("patch_embed.weight", ("embedding/kernel",), CONV), Row("patch_embed.bias", ("embedding/bias",))]
+    if config.pool == "token":
+        rows.append(Row("class_token", ("cls",)))
+    if config.positions != "sincos":
+        rows.append(Row("positions", (POSITIONS[0],)))
+    rows += [
+        *_norm("encoder.{}.norm1", f"{BLOCK}/LayerNorm_0"),
+        *_heads("encoder.{}.attention.qkv", f"{BLOCK}/{ATTENTION}", "query", "key", "value", bias=config.qkv_bias),
+        *_out("encoder.{}.attention.out", f"{BLOCK}/{ATTENTION}/out"),
+        *_norm("encoder.{}.norm2", f"{BLOCK}/LayerNorm_1"),
+        *_layer("encoder.{}.mlp.up", f"{BLOCK}/MlpBlock_0/Dense_0"),
+        *_layer("encoder.{}.mlp.down", f"{BLOCK}/MlpBlock_0/Dense_1"),
+        *_norm("norm", "Transformer/encoder_norm"),
+    ]
+    if config.pool == "map":
+        rows += [
+            Row("attention_pool.probe", (f"{pool}/probe",), SAME),
+            *_heads("attention_pool.query", f"{pool}/{ATTENTION}", "query"),
+            *_heads("attention_pool.key_value", f"{pool}/{ATTENTION}", "key", "value"),
+            *_out("attention_pool.out", f"{pool}/{ATTENTION}/out"),
+            *_norm("attention_pool.norm", f"{pool}/LayerNorm_0"),
+            *_layer("attention_pool.mlp.up", f"{pool}/MlpBlock_0/Dense_0"),
+            *_layer("attention_pool.mlp.down", f"{pool}/MlpBlock_0/Dense_1"),
+        ]
+    if config.pre_logits:
+        rows += _layer("pre_logits", "pre_logits")
+    if config.num_classes:
+        rows += _layer("head", "head")
+    return rows
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfficialViT(NameTable):
+    """Reads every official file; writes the variant that its fields say."""
+
+    name: str
+    prefix: str
+    published: bool
+    holds: frozenset[tuple[Pool, Positions]] | None
+    """Pooling and positions that the code can load; None for all."""
+    fit: Fit
+    """What the code evaluates: `squash` (vision_transformer's fine-tuning) or `crop` (big_vision's `resize_small`)."""
+
+    def to_ours(
+        self, arrays: Arrays, *, image_size: tuple[int, int] | None = None, source: str = "this file"
+    ) -> tuple[ModelConfig, dict[str, Tensor]]:
+        plain = _one_form(arrays, source)
+        config = _read_config(plain, image_size, source)
+        return config, read_rows(vit_rows(config), config.depth, plain, source)
+
+    def from_ours(self, model: ImageModel) -> dict[str, np.ndarray]:
+        config = model.config
+        kind = (config.pool, config.positions)
+        if self.holds is not None and kind not in self.holds:
+            raise UserError(
+                f"the names {self.name!r} have no place for pool {kind[0]!r} with positions {kind[1]!r}; "
+                "use names='big-vision'."
+            )
+        arrays = write_rows(vit_rows(config), config.depth, config.heads, model.state_dict())
+        return {self.prefix + self._written(name, config): array for name, array in arrays.items()}
+
+    def preprocessing(self, config: ModelConfig) -> Preprocessing:
+        return Preprocessing(
+            image_size=config.image_size, channels=config.channels, fit=self.fit, interpolation="bilinear"
+        )
+
+    def _written(self, name: str, config: ViTConfig) -> str:
+        if name == POSITIONS[0]:
+            # big_vision's own table has no row for the class token; it reads one in the older place.
+            return POSITIONS[1] if not self.prefix or config.positions == "learned" else POSITIONS[0]
+        if self.published and name.startswith("Transformer/encoderblock_"):
+            for now, then in PUBLISHED:
+                name = name.replace(f"/{now}/", f"/{then}/")
+        return name
+
+
+_VISION_TRANSFORMER: frozenset[tuple[Pool, Positions]] = frozenset({("token", "learned"), ("gap", "learned-patches")})
+VIT = OfficialViT(name="vit", prefix="", published=False, holds=_VISION_TRANSFORMER, fit="squash")
+VIT_PUBLISHED = OfficialViT(name="vit-published", prefix="", published=True, holds=_VISION_TRANSFORMER, fit="squash")
+BIG_VISION = OfficialViT(name="big-vision", prefix="params/", published=False, holds=None, fit="crop")
+
+
+def official_table(arrays: Arrays) -> OfficialViT:
+    """Return the variant of the official names that arrays are under."""
+    if any(name.startswith(prefix) for name in arrays for prefix, _ in PREFIXES):
+        return BIG_VISION
+    return VIT_PUBLISHED if any(f"/{PUBLISHED[2][1]}/" in name for name in arrays) else VIT
+
+
+def _one_form(arrays: Arrays, source: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a file under the names that `vit_rows` knows."""
+    plain: dict[str, np.ndarray] = {}
+    for name, array in _without_prefix(arrays).items():
+        if match := re.fullmatch(r"(Transformer/encoderblock)/(.+)", name):
+            if array.ndim == 0:
+                raise UserError(f"{source}: {name} has no axis for the blocks; it is not a model vitrail knows.")
+            plain |= {f"{match[1]}_{block}/{match[2]}": part for block, part in enumerate(array)}
+        else:
+            plain[name] = array
+    if any(name.startswith("conv_root") for name in plain):
+        raise UserError(f"{source} is a hybrid (conv_root). ResNet stems are not supported yet.")
+    renamed = {_renamed(name, inlined="probe" in plain): array for name, array in plain.items()}
+    if len(renamed) < len(plain):
+        raise UserError(f"{source} holds the same array under two of the official names; it is not clear which counts.")
+    return renamed
+
+
+def _without_prefix(arrays: Arrays) -> Mapping[str, np.ndarray]:
+    for prefix, beside in PREFIXES:
+        if any(name.startswith(prefix) for name in arrays):
+            return {
+                name.removeprefix(prefix): array
+                for name, array in arrays.items()
+                if name.startswith(prefix) or not re.fullmatch(beside, name)
+            }
+    return arrays
+
+
+def _renamed(name: str, inlined: bool) -> str:
+    if name in POSITIONS:
+        return POSITIONS[0]
+    if inlined and name.startswith(INLINED_POOL):
+        return f"MAPHead_0/{name}"
+    if name.startswith("Transformer/encoderblock_"):
+        for now, then in PUBLISHED:
+            name = name.replace(f"/{then}/", f"/{now}/")
+    return name
+
+
+def _read_config(arrays: Mapping[str, np.ndarray], image_size: tuple[int, int] | None, source: str) -> ViTConfig:
+    """Read the configuration off the arrays' names and shapes."""
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in arrays:
+            raise UserError(
+                f"{source} has no array {name!r}: it is not one of the official ViT files that vitrail knows."
+            )
+        if arrays[name].ndim != axes or 0 in arrays[name].shape:
+            raise UserError(f"{source}: {name} cannot have the shape {arrays[name].shape}.")
+        return arrays[name].shape
+
+    *patch, channels, width = shape("embedding/kernel", 4)
+    numbers = {int(m[1]) for name in arrays if (m := re.match(r"Transformer/encoderblock_(\d+)/", name))}
+    first = BLOCK.format(0)
+    _, heads, head_width = shape(f"{first}/{ATTENTION}/query/kernel", 3)
+    if heads * head_width != width:
+        raise UserError(
+            f"{source}: {heads} heads of {head_width} do not make up the width {width}; vitrail needs that."
+        )
+    token, pooling = "cls" in arrays, "MAPHead_0/probe" in arrays
+    positions, grid = _read_positions(arrays, (patch[0], patch[1]), token, image_size, source)
+    return ViTConfig(
+        image_size=(grid[0] * patch[0], grid[1] * patch[1]),
+        patch_size=(patch[0], patch[1]),
+        channels=channels,
+        num_classes=shape("head/bias", 1)[0] if "head/bias" in arrays else 0,
+        width=width,
+        depth=len(numbers),
+        mlp_dim=shape(f"{first}/MlpBlock_0/Dense_0/kernel", 2)[1],
+        heads=heads,
+        pool="map" if pooling else "token" if token else "gap",
+        positions=positions,
+        pre_logits=shape("pre_logits/bias", 1)[0] if "pre_logits/bias" in arrays else 0,
+        qkv_bias=f"{first}/{ATTENTION}/query/bias" in arrays,
+    )
+
+
+def _read_positions(
+    arrays: Mapping[str, np.ndarray],
+    patch: tuple[int, int],
+    token: bool,
+    image_size: tuple[int, int] | None,
+    source: str,
+) -> tuple[Positions, tuple[int, int]]:
+    """Return the kind of positions and the grid they are for: the square one, else that of `image_size`."""
+    if POSITIONS[0] not in arrays:
+        height, width = image_size or (224, 224)
+        return "sincos", (max(height // patch[0], 1), max(width // patch[1], 1))
+    table = arrays[POSITIONS[0]]
+    rows = table.shape[1] if table.ndim == 3 else 0
+    grids = [(isqrt(rows - class_row), isqrt(rows - class_row), class_row) for class_row in (0, 1) if rows > class_row]
+    if image_size is not None:
+        asked = image_size[0] // patch[0], image_size[1] // patch[1]
+        grids += [(*asked, class_row) for class_row in (0, 1)]
+    for height, width, class_row in grids:
+        if height * width + class_row == rows and height * width > 0 and (token or not class_row):
+            return "learned" if class_row else "learned-patches", (height, width)
+    raise UserError(
+        f"{source} has positions of the shape {table.shape}, which is not a square grid; "
+        "say which picture size they are for, as image_size=(height, width)."
+    )

@@ -1,0 +1,129 @@
+"""Parameter groups, optimizers, schedules and averaged weights: one place for each."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from vitrail.config.run import OptimConfig
+from vitrail.models.base import ImageModel
+
+
+def parameter_groups(model: ImageModel, config: OptimConfig) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: decayed matrices apart from the rest, one pair per layer with layer decay.
+
+    Weight decay touches kernels only (big_vision: parameters named `kernel`): no bias, norm, class token, probe or
+    position. Each group carries `lr_scale`, its factor on the schedule (BEiT, arXiv 2106.08254, appendix).
+    """
+    top = len(model.blocks()) + 1
+    groups: dict[tuple[bool, int], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim in (2, 4)
+        distance = top - model.depth_of(name) if config.layer_decay < 1 else 0
+        group = groups.setdefault(
+            (decays, distance),
+            {
+                "params": [],
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "lr_scale": config.layer_decay**distance,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(model: ImageModel, config: OptimConfig) -> Optimizer:
+    """Return the optimizer of a model's trainable parameters."""
+    groups = parameter_groups(model, config)
+    if config.name == "sgd":
+        return SGD(groups, lr=config.lr, momentum=config.momentum)
+    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
+    return AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+
+
+def learning_rate(config: OptimConfig, step: int, total: int) -> float:
+    """Return the learning rate of update `step`, counted from 0, of `total`.
+
+    Linear warm-up over at most a fifth of the run, then the schedule; `rsqrt` and `constant` end in a linear cooldown
+    multiplied on top (big_vision `create_learning_rate_schedule`; Zhai et al., 2022, arXiv 2106.04560, section 3.5).
+    """
+    warmup = min(config.warmup_steps, total // 5)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    match config.schedule:
+        case "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            factor = 1 - progress
+        case "rsqrt":
+            factor = 1 / math.sqrt(1 + (step - warmup) / config.rsqrt_timescale)
+        case "constant":
+            factor = 1.0
+    if config.schedule in ("rsqrt", "constant") and config.cooldown_steps:
+        factor *= min(1.0, (total - step) / config.cooldown_steps)
+    return config.lr * factor
+
+
+def set_learning_rate(optimizers: Iterable[Optimizer], lr: float) -> None:
+    """Set the rate of every group, scaled by the group's `lr_scale`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+
+class AveragedWeights:
+    """Exponential moving average of a model's parameters (Polyak averaging).
+
+    The decay warms up as (1 + n) / (10 + n), so that the random start is soon forgotten (TensorFlow's rule).
+    Buffers of the state dict are averaged too, as EfficientNet's code does; whole numbers are copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take one step towards the model's present weights."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averaged: list[Tensor] = []
+        present: list[Tensor] = []
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                averaged.append(self.average[name])
+                present.append(tensor)
+            else:
+                self.average[name].copy_(tensor)
+        torch._foreach_lerp_(averaged, present, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Lend the average to the model, without a copy, until the context ends."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    def _swap(self, model: nn.Module) -> None:
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            if name in self.average:  # buffers outside the state dict are not averaged
+                tensor.data, self.average[name] = self.average[name], tensor.data
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        for name, tensor in state["average"].items():
+            self.average[name].copy_(tensor)

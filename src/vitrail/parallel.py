@@ -1,0 +1,123 @@
+"""Processes, devices and precision. One process by default; several under torchrun."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vitrail.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def rank() -> int:
+    """Return this process's number, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the number of processes, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share_of(count: int) -> range:
+    """Return the places of `count` items that fall to this process: every world-th, all when it works alone.
+
+    Outside `processes` each process works alone, whatever number torchrun gave it.
+    """
+    return range(rank() if dist.is_initialized() else 0, count, world_size())
+
+
+def pick_device() -> torch.device:
+    """Return the best device of this process: its own GPU, Apple's MPS, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def processes() -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if any, and yield this process's device."""
+    device = pick_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield device
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_precision(wanted: str, device: torch.device) -> Precision:
+    """Return the precision to train in.
+
+    `auto` takes bf16 where the GPU computes in it, fp16 on older GPUs, and fp32 elsewhere: many CPUs only emulate
+    bf16, hundreds of times slower than fp32.
+
+    Raises:
+        UserError: When the device cannot do what was asked for.
+    """
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "auto":
+        return "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
+    if wanted == "bf16" and device.type == "cuda" and not bf16:
+        raise UserError("this GPU does not compute in bf16; use --loop.precision fp16.")
+    if wanted not in ("fp32", "bf16", "fp16"):
+        raise UserError(f"precision must be auto, fp32, bf16 or fp16, not {wanted!r}.")
+    return wanted
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context that runs matrix products in `precision`; weights stay fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def replicate(module: nn.Module, device: torch.device) -> nn.Module:
+    """Return the module to call in training: itself, or averaged over processes (DDP)."""
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def accumulating(module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+    """Return the context of one micro-batch: gradients are exchanged with the last one only."""
+    if isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
+    return nullcontext()
+
+
+def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """Return the mean of a scalar over processes."""
+    if world_size() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Return whether the flag is up in any process; all must ask."""
+    if world_size() == 1:
+        return flag
+    raised = torch.tensor(float(flag), device=device)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised.item())
+
+
+def gather_objects(value: object) -> list[object]:
+    """Return every process's value, in order of rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[object] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
