@@ -1,0 +1,126 @@
+"""Labels for pictures: files, folders and globs in, the likeliest classes out."""
+
+import csv
+import glob
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from vitrail.checkpoints.storage import write_file
+from vitrail.data.folders import PICTURE_SUFFIXES, FileSource
+from vitrail.errors import UserError
+from vitrail.evaluation import ask
+from vitrail.metrics import probabilities
+from vitrail.models import ImageModel
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one picture, or the reason why there is none."""
+
+    name: str
+    """Path of the picture."""
+    labels: tuple[tuple[str, float], ...] = ()
+    """Likeliest classes with their probability, best first."""
+    problem: str = ""
+    """Why the picture could not be read; empty when it could."""
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain values."""
+        labels = [{"label": label, "probability": round(p, 6)} for label, p in self.labels]
+        return {"name": self.name, "labels": labels, "problem": self.problem or None}
+
+
+def find_pictures(patterns: Iterable[str | Path]) -> list[Path]:
+    """Return the pictures that files, folders (searched in depth) and globs stand for, in order, each once.
+
+    Raises:
+        UserError: When a path does not exist or nothing is found.
+    """
+    found: dict[Path, None] = {}
+    for pattern in map(str, patterns):
+        path = Path(pattern)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+            if not inside:
+                raise UserError(f"no pictures in {path}; known suffixes: {' '.join(sorted(PICTURE_SUFFIXES))}.")
+            found.update(dict.fromkeys(inside))
+        elif path.exists():
+            found[path] = None
+        elif matches := sorted(glob.glob(pattern, recursive=True)):
+            found.update(dict.fromkeys(map(Path, matches)))
+        else:
+            raise UserError(f"no such picture, folder or glob: {pattern}.")
+    if not found:
+        raise UserError("no pictures to classify: name files, folders or globs after the model.")
+    return list(found)
+
+
+def predict(
+    model: ImageModel, images: Sequence[str | Path], *, top: int = 5, batch_size: int = 32, workers: int = 2
+) -> list[Prediction]:
+    """Classify pictures, one answer each, in the order found.
+
+    Args:
+        model: A trained model; its labels and preprocessing are used.
+        images: Files, folders and globs.
+        top: Number of classes per picture.
+        batch_size: Pictures at a time; the answer does not depend on it.
+        workers: Decoding threads.
+
+    Raises:
+        UserError: When a path does not exist.
+    """
+    paths = find_pictures(images)
+    labels = model.labels or tuple(str(i) for i in range(model.config.num_classes))
+    source = FileSource(paths, np.zeros(len(paths), np.int64), labels, channels=model.preprocessing.channels)
+    answers = ask(model, source, batch_size=batch_size, workers=workers, max_broken=1.0)
+    found = {index: Prediction(source.name(index), problem=reason) for index, reason in answers.broken}
+    for index, row in zip(answers.indices.tolist(), probabilities(answers.logits, model.multi_label), strict=True):
+        found[index] = Prediction(source.name(index), top_classes(row, labels, top))
+    return [found[index] for index in range(len(source))]
+
+
+def top_classes(
+    shares: Float[np.ndarray, " classes"], labels: Sequence[str], count: int
+) -> tuple[tuple[str, float], ...]:
+    """Return the likeliest classes with their probability, best first."""
+    best = np.argsort(-shares, kind="stable")[:count]
+    return tuple((str(labels[i]), float(shares[i])) for i in best)
+
+
+def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
+    """Write predictions to a `.csv` or `.jsonl` file, whole or not at all.
+
+    Raises:
+        UserError: For another suffix.
+    """
+    require_suffix(path)
+    text = StringIO(newline="")
+    if path.suffix == ".jsonl":
+        text.writelines(json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in predictions)
+    else:
+        width = max((len(p.labels) for p in predictions), default=0)
+        columns = [f"{kind}_{i}" for i in range(1, width + 1) for kind in ("label", "probability")]
+        writer = csv.writer(text)
+        writer.writerow(["name", *columns, "problem"])
+        for p in predictions:
+            cells = [str(cell) for label, share in p.labels for cell in (_plain(label), round(share, 6))]
+            writer.writerow([_plain(p.name), *cells, *[""] * (2 * width - len(cells)), p.problem])
+    write_file(path, text.getvalue().encode())
+
+
+def require_suffix(path: Path) -> None:
+    """Raise UserError when predictions cannot be written to a file of this name."""
+    if path.suffix not in (".csv", ".jsonl"):
+        raise UserError(f"{path}: predictions are written as .csv or .jsonl; choose one of these suffixes.")
+
+
+def _plain(cell: str) -> str:
+    """Keep a spreadsheet from running a name that looks like a formula."""
+    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell

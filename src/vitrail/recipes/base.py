@@ -1,0 +1,66 @@
+"""What a recipe is at run time: models, optimizers, and one update from micro-batches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vitrail.config.run import OptimConfig
+from vitrail.data.base import Batch
+from vitrail.models.base import ImageModel
+from vitrail.optim import AveragedWeights, learning_rate, set_learning_rate
+
+
+class Learner(ABC):
+    """A recipe at run time. The loop knows nothing else of it, so a new recipe never needs a second loop."""
+
+    models: nn.ModuleDict
+    """`"model"` is the one shipped; a recipe may hold others, as a teacher."""
+    optimizers: dict[str, Optimizer]
+    average: AveragedWeights | None
+    """Averaged weights of the shipped model, when the run keeps them."""
+    scaler: torch.amp.GradScaler
+    """Loss scaling for fp16; passes everything through in other precisions."""
+    optim: OptimConfig
+
+    @abstractmethod
+    def step(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Make one update of the weights and return scalars for the log, on the device, without synchronising."""
+
+    @property
+    def model(self) -> ImageModel:
+        """The model that is evaluated and shipped, with its present weights."""
+        return self.models["model"]  # pyright: ignore[reportReturnType]
+
+    def shipped_weights(self) -> AbstractContextManager[None]:
+        """Return the context in which `model` holds the weights to evaluate and ship: the average, if there is one."""
+        return self.average.applied(self.model) if self.average else nullcontext()
+
+    def schedule(self, step: int, total: int) -> float:
+        """Set and return the learning rate of update `step` of `total`."""
+        rate = learning_rate(self.optim, step, total)
+        set_learning_rate(self.optimizers.values(), rate)
+        return rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything the next step depends on, besides the data and the random generators."""
+        return {
+            "models": {name: model.state_dict() for name, model in self.models.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "average": self.average.state_dict() if self.average else None,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        for name, model in self.models.items():
+            model.load_state_dict(state["models"][name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.scaler.load_state_dict(state["scaler"])

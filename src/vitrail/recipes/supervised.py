@@ -1,0 +1,87 @@
+"""Supervised learning: cross-entropy (softmax or sigmoid) on labelled pictures."""
+
+from collections.abc import Sequence
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int
+from torch import Tensor, nn
+
+from vitrail.config.run import OptimConfig, SupervisedConfig
+from vitrail.data.augment import Augment
+from vitrail.data.base import Batch
+from vitrail.losses import classification_loss
+from vitrail.models.base import ImageModel
+from vitrail.optim import AveragedWeights, build_optimizer
+from vitrail.parallel import Precision, accumulating, autocast, replicate
+from vitrail.recipes.base import Learner
+
+
+@final
+class SupervisedLearner(Learner):
+    """One forward and backward pass per micro-batch, then one clipped update."""
+
+    def __init__(
+        self,
+        model: ImageModel,
+        recipe: SupervisedConfig,
+        optim: OptimConfig,
+        *,
+        augment: Augment,
+        class_counts: np.ndarray,
+        device: torch.device,
+        precision: Precision,
+    ) -> None:
+        self.models = nn.ModuleDict({"model": model.to(device)})
+        self.optimizers = {"model": build_optimizer(model, optim)}
+        self.average = AveragedWeights(model, optim.ema) if optim.ema else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.optim = optim
+        self._recipe, self._augment, self._device = recipe, augment, device
+        self._precision: Precision = precision
+        self._sigmoid = model.multi_label if recipe.loss == "auto" else recipe.loss == "sigmoid"
+        self._class_weights = None
+        if recipe.class_weights == "auto":
+            self._class_weights = torch.from_numpy(inverse_frequency(class_counts)).to(device)
+        self._replica = replicate(model, device)
+
+    def step(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        optimizer = self.optimizers["model"]
+        optimizer.zero_grad(set_to_none=True)
+        pictures = sum(len(batch) for batch in micro_batches)
+        loss = torch.zeros((), device=self._device)
+        for i, batch in enumerate(micro_batches):
+            images, targets = self._augment(batch.to(self._device), classes=self.model.config.num_classes)
+            last = i == len(micro_batches) - 1
+            with accumulating(self._replica, last=last), autocast(self._precision, self._device):
+                part = self._loss(self._replica(images), targets) / pictures
+                self.scaler.scale(part).backward()
+            loss += part.detach()
+        self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm or torch.inf)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.model)
+        return {"loss": loss, "gradient_norm": norm}
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return classification_loss(
+            logits,
+            targets,
+            sigmoid=self._sigmoid,
+            label_smoothing=self._recipe.label_smoothing,
+            class_weights=self._class_weights,
+        ).sum()
+
+
+def inverse_frequency(class_counts: Int[np.ndarray, " classes"]) -> Float32[np.ndarray, " classes"]:
+    """Return a weight per class, inverse to its number of pictures, of mean 1 over all pictures.
+
+    So weights leave the scale of the loss, and with it the learning rate, as they are. Classes without pictures have
+    weight 1.
+    """
+    some = class_counts > 0
+    share = class_counts.sum() / some.sum()
+    return np.where(some, share / np.maximum(class_counts, 1), 1.0).astype(np.float32)

@@ -1,0 +1,236 @@
+"""The training loop: one for every recipe."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitrail.checkpoints import save_model
+from vitrail.config.codec import to_json
+from vitrail.config.run import RunConfig
+from vitrail.errors import Interrupted, UserError
+from vitrail.evaluation import predict_logits
+from vitrail.metrics import score
+from vitrail.parallel import any_process, gather_objects, mean_over_processes, rank, world_size
+from vitrail.training.callbacks import Callback
+from vitrail.training.folder import RunFolder
+from vitrail.training.setup import Parts, random_state, restore_random_state
+from vitrail.training.signals import StopRequest
+
+log = logging.getLogger("vitrail")
+
+
+class Loop:
+    """Runs a learner to its last update: schedule, step, log, evaluate, save, stop when asked.
+
+    What a checkpoint holds is the state right after update `step`, before or after the evaluation that is due there
+    (`evaluated` tells which), so a run can be stopped at any point and go on bit for bit.
+    """
+
+    def __init__(
+        self, config: RunConfig, parts: Parts, folder: RunFolder, stop: StopRequest, callbacks: Sequence[Callback]
+    ) -> None:
+        assert config.loop.steps is not None  # resolved at the start of the run
+        self.config, self.parts, self.folder, self.stop = config, parts, folder, stop
+        self.callbacks = callbacks if rank() == 0 else ()
+        self.steps = config.loop.steps
+        self.step = 0
+        self.evaluated = -1
+        self.best: dict[str, Any] | None = None
+        self.since_best = 0
+        self.window: dict[str, Tensor] = {}  # sums since the last row, on the device
+        self.window_steps = 0
+        self.timed_steps = 0  # as `window_steps`, of this process alone: a run that goes on has no clock of before
+        self.data_seconds = self.step_seconds = 0.0
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            Interrupted: After saving, when a signal asked to stop.
+            UserError: When the loss is no longer a number, or the data fails.
+        """
+        for callback in self.callbacks:
+            callback.start(self.folder.path, self.step, self.steps)
+        try:
+            self._run()
+        except Interrupted:
+            self.save()  # here, where the model holds its own weights again, not the average
+            raise
+        finally:
+            self.parts.stream.close()
+            for callback in self.callbacks:
+                callback.finish()
+
+    def _run(self) -> None:
+        loop = self.config.loop
+        if self.step == 0:
+            self.save()  # proves disk and permissions before any work is at stake
+        while True:
+            ends = self.step == self.steps
+            if (self.step % loop.eval_every == 0 or ends) and 0 < self.step != self.evaluated:
+                self.evaluate()
+            if ends or self._out_of_patience():
+                self.save()
+                return
+            if self.step and self.step % loop.save_every == 0:
+                self.save()
+            self._leave_if_asked()
+            self.update()
+
+    def update(self) -> None:
+        """Make one update and note what it cost."""
+        began = time.perf_counter()
+        batches = next(self.parts.stream)
+        loaded = time.perf_counter()
+        self.rate = self.parts.learner.schedule(self.step, self.steps)
+        for name, value in self.parts.learner.step(batches).items():
+            self.window[name] = self.window.get(name, torch.zeros((), device=value.device)) + value
+        self.step += 1
+        self.window_steps += 1
+        self.timed_steps += 1
+        self.data_seconds += loaded - began
+        self.step_seconds += time.perf_counter() - began
+        if self.step % self.config.loop.log_every == 0 or self.step == self.steps:
+            self._log()
+
+    def _log(self) -> None:
+        began = time.perf_counter()
+        means = {name: float(mean_over_processes(total / self.window_steps)) for name, total in self.window.items()}
+        self.step_seconds += time.perf_counter() - began  # a GPU may have been behind until here
+        if not math.isfinite(means["loss"]):
+            raise self._diverged(f"the loss is {means['loss']}")
+        # fp16 skips an update whose gradient overflows: its norm is infinite, which JSON has no word for.
+        known = {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
+        row = {"step": self.step, "epoch": round(self.parts.stream.epoch, 6), "lr": self.rate, **known}
+        self.folder.append("metrics.jsonl", row)
+        pictures = self.timed_steps * self.config.loop.batch_size
+        timing = {
+            "step": self.step,
+            "seconds": round(self.step_seconds, 3),
+            "pictures_per_second": round(pictures / self.step_seconds, 2),
+            "data_wait": round(self.data_seconds / self.step_seconds, 4),
+            "seconds_left": round(self.step_seconds / self.timed_steps * (self.steps - self.step), 1),
+            "clock": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        }
+        if self.parts.device.type == "cuda":
+            timing["gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.folder.append("timing.jsonl", timing)
+        for callback in self.callbacks:
+            callback.metrics(row)
+            callback.timing(timing)
+        self.window, self.window_steps, self.timed_steps = {}, 0, 0
+        self.data_seconds = self.step_seconds = 0.0
+
+    def evaluate(self) -> None:
+        """Measure the shipped weights on the validation part, and keep them when they are the best so far."""
+        learner, val = self.parts.learner, self.parts.data.val
+        if val is None:
+            self.evaluated = self.step
+            return
+        with learner.shipped_weights():
+            metrics = predict_logits(
+                learner.model,
+                val,
+                batch_size=self.parts.stream.part_size,
+                workers=self.config.input.workers,
+                device=self.parts.device,
+                max_broken=self.config.input.max_broken,
+                stop=self._leave_if_asked,
+            ).metrics()
+            row = {"step": self.step, "val": metrics}
+            if self.best is None or score(metrics) > score(self.best["val"]):
+                self.best, self.since_best = row, 0
+                self._save_model("best", metrics)
+            else:
+                self.since_best += 1
+        self.folder.append("metrics.jsonl", row)
+        self.evaluated = self.step
+        for callback in self.callbacks:
+            callback.metrics(row)
+
+    def save(self) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            UserError: When loss or weights are no longer numbers; the checkpoint of before stays the last.
+        """
+        loss = [self.window["loss"]] if self.window else []
+        if any_process(not _finite([*loss, *self.parts.learner.models.parameters()]), self.parts.device):
+            raise self._diverged("loss or weights are not finite")
+        states = gather_objects(random_state())
+        self.folder.save_state(
+            {
+                "step": self.step,
+                "evaluated": self.evaluated,
+                "best": self.best,
+                "since_best": self.since_best,
+                "window": self.window,
+                "window_steps": self.window_steps,
+                "learner": self.parts.learner.state_dict(),
+                "stream": self.parts.stream.state_dict(),
+                "random": states,
+            },
+            keep=self.config.loop.keep,
+        )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.step, self.evaluated = state["step"], state["evaluated"]
+        self.best, self.since_best = state["best"], state["since_best"]
+        self.window = {name: total.to(self.parts.device) for name, total in state["window"].items()}
+        self.window_steps = state["window_steps"]
+        self.parts.learner.load_state_dict(state["learner"])
+        self.parts.stream.load_state_dict(state["stream"])
+        # With another number of processes there is no state to put back; only dropout then differs.
+        if rank() < len(state["random"]):
+            restore_random_state(state["random"][rank()])
+
+    def finish(self) -> None:
+        """Write the model folder `last`, and `best` where there was nothing to validate on."""
+        with self.parts.learner.shipped_weights():
+            metrics = self.best["val"] if self.best and self.best["step"] == self.step else {}
+            self._save_model("last", metrics)
+            if self.best is None:
+                self._save_model("best", metrics)
+
+    def _save_model(self, name: str, metrics: dict[str, Any]) -> None:
+        if rank() == 0:
+            save_model(
+                self.parts.learner.model,
+                self.folder.path / name,
+                metrics=metrics,
+                recipe=to_json(self.config),
+                data={"fingerprint": self.parts.fingerprint, "train": len(self.parts.data.train)},
+            )
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(
+            f"{what} at step {self.step}. The last checkpoint in {self.folder.checkpoints} is "
+            "sound; start again with a lower --optim.lr, longer --optim.warmup-steps or --optim.clip-norm 1."
+        )
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.loop.patience
+        if patience is None or self.since_best < patience:
+            return False
+        log.info("no better evaluation in the last %d: stopping early at step %d", patience, self.step)
+        return True
+
+    def _leave_if_asked(self) -> None:
+        # Asking every process costs a round trip, so on GPUs they agree on every eighth update only.
+        if world_size() > 1 and self.parts.device.type == "cuda" and self.step % 8:
+            return
+        if any_process(bool(self.stop), self.parts.device):
+            number = self.stop.signal or signal.SIGTERM  # another process may have got the signal
+            raise Interrupted(f"stopped at step {self.step} of {self.steps}; saved in {self.folder.path}", number)
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all tensors hold numbers only."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
