@@ -1,0 +1,93 @@
+"""A trained model on one page: `write_report` makes a single HTML file that needs nothing beside it.
+
+The page has no script and loads nothing; its content security policy says so. Every name that comes from outside
+(classes, files, settings) is escaped, by the template engine in the page and by the XML writer in the charts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from vitrail.checkpoints.storage import write_file
+from vitrail.config.run import RunConfig
+from vitrail.data.base import Source
+from vitrail.metrics import Evaluation
+from vitrail.models import ImageModel
+from vitrail.report.attention import attention_section
+from vitrail.report.sections import (
+    answers_section,
+    calibration_section,
+    classes_section,
+    comparison_section,
+    confusion_section,
+    data_section,
+    summary,
+)
+from vitrail.report.training import configuration_section, curves_section
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the page tells of the run that made the model."""
+
+    config: RunConfig
+    """Settings of the run."""
+    metrics: list[dict[str, Any]]
+    """Rows of `metrics.jsonl`: training rows with `step`, `loss`, `lr`; evaluation rows with `step`, `val`."""
+    seconds: float
+    """Time spent in training."""
+    environment: Mapping[str, object]
+    """Versions, device, command and so on, shown as they are."""
+    data: Mapping[str, object]
+    """Facts of the training data: `fingerprint`, `classes`, `train`, `val`, `test`."""
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    evaluation: Evaluation,
+    source: Source,
+    model: ImageModel,
+    run: RunRecord | None = None,
+    baseline: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one self-contained HTML page about a model and its answers. Sections that do not apply are left out.
+
+    Args:
+        path: The file to write; a file that is there is replaced in one step.
+        title: Heading of the page.
+        evaluation: The model's answers.
+        source: The pictures that were evaluated; some are shown.
+        model: The model; put into evaluation mode.
+        run: How it was trained.
+        baseline: A simpler method's result on the same pictures: its `name`, and metrics named as in `evaluation`.
+
+    Raises:
+        UserError: When a picture that was evaluated can no longer be read.
+    """
+    model.eval()
+    metrics = evaluation.metrics()
+    sections = {
+        "summary": summary(evaluation, metrics, model, run.seconds if run else None),
+        "comparison": comparison_section(metrics, len(evaluation), baseline) if baseline else None,
+        "curves": curves_section(run.config, run.metrics) if run else None,
+        "confusion": confusion_section(evaluation),
+        "classes": classes_section(evaluation),
+        "calibration": calibration_section(evaluation, metrics),
+        "answers": answers_section(evaluation, source, model),
+        "attention": attention_section(evaluation, source, model),
+        "data": data_section(evaluation, source, run.data if run else {}),
+        "configuration": configuration_section(run.config, model.config) if run else None,
+        "environment": dict(run.environment) if run else None,
+    }
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files("vitrail.report") / "page.html.jinja").read_text(encoding="utf-8"))
+    style = (files("vitrail.report") / "style.css").read_text(encoding="utf-8")
+    page = template.render(title=title, style=style, **sections)
+    # A file name that is not valid UTF-8 carries half characters, which no file can hold.
+    write_file(Path(path), page.encode("utf-8", errors="replace"))
