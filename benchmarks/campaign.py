@@ -1,0 +1,54 @@
+"""The tests of faults and generated inputs with many more cases than `make test` runs. Takes about an hour.
+
+    python benchmarks/campaign.py [--scale 20]
+
+20,000 mutated pictures, 160 kills while a model folder is written, and every other test of storage, resuming and
+processes.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from machine import write_result
+
+TESTS = (
+    "test_decode.py",
+    "test_storage.py",
+    "test_resume.py",
+    "test_tensors.py",
+    "test_processes.py",
+    "test_training.py",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--scale", type=int, default=20)
+    scale = parser.parse_args().scale
+    rows = []
+    for name in TESTS:
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", f"tests/{name}"],
+            cwd=Path(__file__).parent.parent,
+            env=os.environ | {"VITRAIL_CAMPAIGN": str(scale)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        print(done.stdout[-2000:], flush=True)
+        # pytest -q ends in a line such as "12 passed in 3.4s"
+        count = re.search(r"(\d+ (?:passed|failed).*) in ", done.stdout)
+        outcome = count[1] if count else "all passed" if done.returncode == 0 else "FAILED"
+        rows.append(f"| `{name}` | {outcome} | {time.monotonic() - began:.0f} |")
+    body = f"{1000 * scale:,} mutated pictures, {8 * scale} kills of a process that writes a model folder.\n\n"
+    body += "| tests | outcome | seconds |\n|---|---|---|\n" + "\n".join(rows)
+    print(write_result("campaign", f"python benchmarks/campaign.py --scale {scale}", body))
+
+
+if __name__ == "__main__":
+    main()
