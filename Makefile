@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint docs campaign clean
+.PHONY: demo test test-all peers lint docs campaign clean
 
 demo: .venv/.installed  ## train a small ViT on embedded pictures and write demo/report.html
 	$(BIN)/vitrail demo
@@ -13,6 +13,9 @@ test: .venv/.dev  ## what a contributor runs, under ten minutes
 
 test-all: .venv/.dev  ## both tiers
 	$(BIN)/python -m pytest
+
+peers: .venv-peers/.installed  ## the same logits as timm and transformers, in an environment of its own
+	.venv-peers/bin/python -m pytest tests/peers
 
 lint: .venv/.dev  ## style and types
 	$(BIN)/ruff check src tests benchmarks
@@ -26,7 +29,7 @@ campaign: .venv/.dev  ## hours of faults and mutations; results go to benchmarks
 	$(BIN)/python benchmarks/campaign.py
 
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv .venv-peers demo runs
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,4 +38,10 @@ clean:
 
 .venv/.dev: .venv/.installed
 	$(PIP) -e '.[dev]'
+	touch $@
+
+.venv-peers/.installed: pyproject.toml constraints.txt tests/peers/requirements.txt tests/peers/no-deps.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' -r tests/peers/requirements.txt
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/peers/no-deps.txt
 	touch $@

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrail.config.model import ViTConfig
 from vitrail.config.run import AugmentConfig, InputConfig, LoopConfig, OptimConfig, RunConfig
+from vitrail.config.vit import ViTConfig
 
 torch.set_num_threads(1)  # tiny tensors: more threads only cost
 

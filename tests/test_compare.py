@@ -12,8 +12,8 @@ from rich.console import Console
 from vitrail.checkpoints import save_model
 from vitrail.compare import compare, print_comparison, write_page
 from vitrail.config.codec import to_json
-from vitrail.config.model import ViTConfig
 from vitrail.config.run import LoopConfig, OptimConfig, RunConfig
+from vitrail.config.vit import ViTConfig
 from vitrail.errors import UserError
 from vitrail.models import build
 

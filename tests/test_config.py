@@ -5,8 +5,9 @@ import json
 import pytest
 
 from vitrail.config.codec import from_json, to_json
-from vitrail.config.model import ALIASES, ViTConfig, list_models, model_config
+from vitrail.config.model import ALIASES, list_models, model_config
 from vitrail.config.run import AugmentConfig, InputConfig, LoopConfig, OptimConfig, RunConfig, SupervisedConfig
+from vitrail.config.vit import ViTConfig
 from vitrail.errors import UserError
 from vitrail.presets import PRESETS, preset
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vitrail.config.model import ViTConfig
 from vitrail.config.preprocessing import Preprocessing
+from vitrail.config.vit import ViTConfig
 from vitrail.data.arrays import ArraySource
 from vitrail.data.base import BoxChooser, Picture, Source, Subset
 from vitrail.data.view import evaluation_view

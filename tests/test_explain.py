@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from vitrail import explain
-from vitrail.config.model import Pool, ViTConfig
+from vitrail.config.vit import Pool, ViTConfig
 from vitrail.errors import UserError
 from vitrail.models import ViT
 from vitrail.models.base import ImageModel
@@ -39,7 +39,8 @@ def pictures(count: int = 2) -> Tensor:
 @pytest.mark.parametrize("pool", POOLS)
 def test_attention_maps_are_those_the_fused_path_uses(pool: Pool) -> None:
     model, images = tiny_vit(pool), pictures()
-    maps = explain.attention_maps(model, images)
+    with torch.no_grad():
+        maps = torch.stack(list(model.attention(images)))
     tokens = 6 + (pool == "token")
     assert maps.shape == (3, 2, 2, tokens, tokens)
     torch.testing.assert_close(maps.sum(-1), torch.ones(3, 2, 2, tokens))
@@ -118,7 +119,7 @@ def test_attention_distance_of_known_maps_is_in_pixels() -> None:
 
 def test_attention_distance_has_a_row_per_layer_and_a_column_per_head() -> None:
     model = tiny_vit()
-    distance = explain.attention_distance(explain.attention_maps(model, pictures()), (3, 2), (4, 4))
+    distance = explain.attention_distance(model.attention(pictures()), (3, 2), (4, 4))
     assert distance.shape == (3, 2)
     assert (distance > 0).all()
     assert (distance < math.hypot(8, 4)).all()
@@ -149,7 +150,7 @@ def test_patch_filters_are_the_principal_components() -> None:
 
 def test_models_without_such_attention_are_refused() -> None:
     class Other(ImageModel):
-        features = forward = blocks = depth_of = init_weights = None  # pyright: ignore[reportAssignmentType]
+        features = feature_map = forward = blocks = depth_of = init_weights = None  # pyright: ignore[reportAssignmentType]
 
     for figure in (explain.position_similarity, explain.patch_filters):
         with pytest.raises(UserError, match="for a ViT, not for a Other"):

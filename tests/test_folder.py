@@ -14,8 +14,8 @@ from faults import every_fault
 from vitrail.checkpoints import adapt, load_folder, load_model, save_model
 from vitrail.checkpoints.assemble import assemble
 from vitrail.checkpoints.storage import recover
-from vitrail.config.model import ViTConfig
 from vitrail.config.preprocessing import Preprocessing
+from vitrail.config.vit import ViTConfig
 from vitrail.errors import UserError
 from vitrail.models import ImageModel, build
 
@@ -205,7 +205,7 @@ def test_sources_that_are_no_model_say_what_would_be(tmp_path: Path, folder: Pat
     (tmp_path / "empty").mkdir()
     for source, told in {
         run: "is a run folder; its models lie in .*best",
-        lone: r"lone\.safetensors does not say what model it holds",
+        lone: r"lone\.safetensors is not a model .* need their config\.json beside",
         tmp_path / "x.txt": r"x\.txt is not a weight file",
         tmp_path / "a.pth": r"a\.pth is not a source that vitrail can load yet; it loads a model folder",
         tmp_path / "empty": r"empty is not a model folder: it has no config\.json",

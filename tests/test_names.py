@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from vitrail import npz
-from vitrail.checkpoints import NAME_TABLES, export_names, load_model
+from vitrail.checkpoints import CONVENTIONS, export_names, load_model
 from vitrail.checkpoints.assemble import assemble
+from vitrail.checkpoints.foreign import to_arrays
 from vitrail.checkpoints.vit_names import BIG_VISION, VIT, VIT_PUBLISHED, official_table
-from vitrail.config.model import ViTConfig
+from vitrail.config.vit import ViTConfig
 from vitrail.errors import UserError
 from vitrail.models import ImageModel, build
 
@@ -124,9 +125,9 @@ def test_official_arrays_come_back_bit_for_bit(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("names", "changes"),
     [
-        *[(names, {}) for names in NAME_TABLES],
-        *[(names, {"pool": "gap", "num_classes": 0}) for names in NAME_TABLES],
-        *[(names, {"qkv_bias": False, "pre_logits": 8}) for names in NAME_TABLES],
+        *[(names, {}) for names in CONVENTIONS],
+        *[(names, {"pool": "gap", "num_classes": 0}) for names in CONVENTIONS],
+        *[(names, {"qkv_bias": False, "pre_logits": 8}) for names in CONVENTIONS],
         ("big-vision", {"pool": "map", "channels": 1}),
         ("big-vision", {"pool": "map", "positions": "sincos", "image_size": (224, 224)}),
         ("big-vision", {"positions": "learned-patches", "patch_size": (2, 3)}),
@@ -162,7 +163,7 @@ def test_names_refuse_a_model_that_the_official_code_cannot_build() -> None:
         ("vit", {"positions": "learned-patches"}),
     ]:
         with pytest.raises(UserError, match=r"have no place for pool .* use names='big-vision'"):
-            NAME_TABLES[names].from_ours(build(replace(TINY, **changes)))
+            to_arrays(build(replace(TINY, **changes)), names)
     with pytest.raises(UserError, match="there are no names 'timm'; choose one of vit, vit-published, big-vision"):
         export_names(build(TINY), "x.npz", "timm")
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrail.config.model import ViTConfig
 from vitrail.config.preprocessing import Preprocessing
 from vitrail.config.run import OptimConfig, RunConfig, SupervisedConfig
+from vitrail.config.vit import ViTConfig
 from vitrail.data.arrays import ArraySource
 from vitrail.data.base import Picture, Subset
 from vitrail.errors import BrokenPicture, UserError
@@ -88,6 +88,9 @@ class Plain(ImageModel):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         return images.mean(dim=(2, 3))
+
+    def feature_map(self, images: torch.Tensor) -> torch.Tensor:
+        return images
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(images))

@@ -7,7 +7,7 @@ import scipy.ndimage
 import torch
 from torch.nn import functional as F
 
-from vitrail.config.model import ViTConfig
+from vitrail.config.vit import ViTConfig
 from vitrail.layers.attention import Attention, AttentionPool
 from vitrail.layers.embedding import resize_positions, sincos_positions
 from vitrail.layers.residual import DropPath

@@ -4,8 +4,7 @@ Attention, rollout, and figure 7 of the ViT paper (Dosovitskiy et al., 2021, arX
 model, which should be in evaluation mode: attention is computed a second time, beside the fused kernels.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import cast
+from collections.abc import Iterable
 
 import torch
 from einops import rearrange
@@ -15,28 +14,6 @@ from torch.nn import functional as F
 
 from vitrail.errors import UserError
 from vitrail.models import ImageModel, ViT
-from vitrail.models.vit import Block
-
-
-@torch.no_grad()
-def attention_layers(model: ImageModel, images: Float[Tensor, "b c h w"]) -> Iterator[Float[Tensor, "b heads n n"]]:
-    """Yield the attention probabilities of one block after the other; rows are queries.
-
-    One map at a time: all of a large model's together may not fit into memory.
-
-    Raises:
-        UserError: When the model is not a ViT.
-    """
-    vit = _as_vit(model)
-    x = vit.embed(images)
-    for block in cast(Iterable[Block], vit.encoder):
-        yield block.attention.weights(block.norm1(x))
-        x = block(x)
-
-
-def attention_maps(model: ImageModel, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "layers b heads n n"]:
-    """Return the attention probabilities of all blocks; see `attention_layers`."""
-    return torch.stack(list(attention_layers(model, images)))
 
 
 @torch.no_grad()
@@ -66,7 +43,7 @@ def rollout(maps: Iterable[Float[Tensor, "b heads n n"]], pooling: Float[Tensor,
     over heads, plus the identity for the residual connection, rows scaled to sum 1, multiplied through the layers.
 
     Args:
-        maps: Attention of each layer, first to last: of `attention_maps` or `attention_layers`.
+        maps: Attention of each layer, first to last: of `ImageModel.attention`.
         pooling: Share of each output token in the result, `pooling_weights`; rows sum to 1, and so does the result.
     """
     mixed = None
@@ -87,12 +64,13 @@ def patch_rollout(model: ImageModel, images: Float[Tensor, "b c h w"]) -> Float[
         UserError: When the model is not a ViT.
     """
     vit = _as_vit(model)
-    tokens = rollout(attention_layers(vit, images), pooling_weights(vit, images))
+    tokens = rollout(vit.attention(images), pooling_weights(vit, images))
     rows, columns = (side // patch for side, patch in zip(images.shape[2:], vit.config.patch_size, strict=True))
     patches = rearrange(tokens[:, -rows * columns :], "b (h w) -> b h w", h=rows)
     return patches / patches.sum(dim=(1, 2), keepdim=True)
 
 
+@torch.no_grad()
 def attention_distance(
     maps: Iterable[Float[Tensor, "b heads n n"]], grid: tuple[int, int], patch: tuple[int, int]
 ) -> Float[Tensor, "layers heads"]:
@@ -102,7 +80,7 @@ def attention_distance(
     token has no place, so its row and column are left out and the other weights scaled to sum 1.
 
     Args:
-        maps: Attention of each layer: of `attention_maps` or `attention_layers`.
+        maps: Attention of each layer: of `ImageModel.attention`.
         grid: Rows and columns of patches.
         patch: Height and width of a patch in pixels.
     """

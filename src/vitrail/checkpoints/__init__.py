@@ -1,33 +1,24 @@
 """Weights on disk: model folders, official files of others, and the state of a run."""
 
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vitrail.checkpoints.adapt import adapt, check_overrides, with_overrides
-from vitrail.checkpoints.assemble import assemble
 from vitrail.checkpoints.folder import CONFIG, WEIGHTS, load_folder, save_model
-from vitrail.checkpoints.names import NameTable
-from vitrail.checkpoints.storage import replace_file, standing
-from vitrail.checkpoints.vit_names import BIG_VISION, VIT, VIT_PUBLISHED, official_table
-from vitrail.config.model import ALIASES, ViTConfig, model_config
+from vitrail.checkpoints.foreign import CONVENTIONS, from_arrays, read_arrays, table_of, to_arrays, write_arrays
+from vitrail.checkpoints.names import Hints
+from vitrail.checkpoints.storage import standing
+from vitrail.config.model import ALIASES, model_config
 from vitrail.errors import UserError
 from vitrail.models import ImageModel
-from vitrail.npz import read_npz
 
-__all__ = ["NAME_TABLES", "adapt", "export_names", "load_folder", "load_model", "save_model"]
-
-NAME_TABLES: dict[str, NameTable] = {table.name: table for table in (VIT, VIT_PUBLISHED, BIG_VISION)}
-"""Foreign names that weights can be written under."""
-
-MAX_RATIO = 20
-"""Weights hardly compress; a file that unpacks to more than this many times its size is a trap, not a model."""
-FREE_BYTES = 16_000_000
-"""Small files of zeros may compress as they like."""
+__all__ = ["CONVENTIONS", "adapt", "export_names", "load_folder", "load_model", "save_model"]
 
 _SOURCES = "a model folder, its model.safetensors, or an official ViT or big_vision .npz file"
+_OF_TRAINING = ("dropout", "drop_path", "head_bias")
+"""Settings that decide nothing once the weights are made."""
 _log = logging.getLogger("vitrail")
 
 
@@ -47,12 +38,11 @@ def load_model(source: str | Path, **overrides: Any) -> ImageModel:
     path = Path(source)
     if standing(path).is_dir():
         return load_folder(path, **overrides)
-    if path.suffix == ".npz" and path.is_file():
-        return _load_npz(path, overrides)
-    if path.suffix == ".safetensors" and path.is_file():
-        if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
-            return load_folder(path.parent, **overrides)
-        raise UserError(f"{path} does not say what model it holds; vitrail needs a {CONFIG} beside a {WEIGHTS}.")
+    if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
+        return load_folder(path.parent, **overrides)
+    if path.suffix in (".npz", ".safetensors") and path.is_file():
+        model, table = from_arrays(read_arrays(path), overrides, str(path))
+        return with_overrides(model, overrides, position_resize=table.position_resize)
     raise UserError(_why_not(str(source), path))
 
 
@@ -62,41 +52,19 @@ def export_names(model: ImageModel, path: str | Path, names: str = "vit") -> Non
     Args:
         model: The model. What arrays cannot hold, as labels and preprocessing, is left behind.
         path: The file to write.
-        names: A key of `NAME_TABLES`: "vit", "vit-published" or "big-vision".
+        names: One of `CONVENTIONS`: "vit", "vit-published", "big-vision", ...
 
     Raises:
         UserError: When the names are unknown or have no place for such a model, or the file cannot be written.
     """
-    if names not in NAME_TABLES:
-        raise UserError(f"there are no names {names!r}; choose one of {', '.join(NAME_TABLES)}.")
-    arrays = NAME_TABLES[names].from_ours(model)
-    official = ViTConfig()
-    for setting in ("gelu", "norm_eps"):
-        if (value := getattr(model.config, setting)) != getattr(official, setting):
-            _log.warning("%s cannot say that the model has %s=%r; tell whoever loads it.", path, setting, value)
-    size = sum(array.nbytes for array in arrays.values())
-    replace_file(Path(path), lambda file: np.savez(file, **arrays), size=size)  # pyright: ignore[reportArgumentType]
-
-
-def _load_npz(path: Path, overrides: dict[str, Any]) -> ImageModel:
-    limit = MAX_RATIO * path.stat().st_size + FREE_BYTES
-    arrays = read_npz(path, limit=limit, advice="it does not look like weights and is not read.")
-    table = official_table(arrays)
-    config, state = table.to_ours(arrays, image_size=_pair(overrides.get("image_size")), source=str(path))
-    model = assemble(config, state, path)
-    model.preprocessing = table.preprocessing(config)
-    return with_overrides(model, overrides)
-
-
-def _pair(size: object) -> tuple[int, int] | None:
-    """Return a picture size as height and width, or None for what `with_overrides` will refuse."""
-    match size:
-        case int():
-            return size, size
-        case (int(height), int(width)):
-            return height, width
-        case _:
-            return None
+    arrays = to_arrays(model, names)
+    hints = Hints(image_size=model.config.image_size)
+    config, _ = table_of(arrays, str(path)).to_ours(arrays, hints=hints, source=str(path))
+    for field in fields(config):
+        ours, read = getattr(model.config, field.name), getattr(config, field.name)
+        if ours != read and field.name not in _OF_TRAINING:
+            _log.warning("%s cannot say that the model has %s=%r; tell whoever loads it.", path, field.name, ours)
+    write_arrays(Path(path), arrays)
 
 
 def _why_not(source: str, path: Path) -> str:

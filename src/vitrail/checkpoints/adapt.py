@@ -1,51 +1,68 @@
 """Weights for another task: other picture size, classes or channels. Used when loading and to start a training run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import get_args
+from dataclasses import fields, replace
+from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
-from vitrail.checkpoints.assemble import assemble
+from vitrail.checkpoints.assemble import assemble, empty_model
 from vitrail.config.codec import from_json, to_json
-from vitrail.config.model import ModelConfig, ViTConfig
+from vitrail.config.model import FAMILIES, ModelConfig
 from vitrail.config.preprocessing import Preprocessing
 from vitrail.errors import UserError, did_you_mean
-from vitrail.layers.embedding import PositionResize, resize_positions
+from vitrail.layers.embedding import PositionResize
 from vitrail.models import ImageModel
 
-SETTINGS = ("gelu", "dropout", "drop_path")
-"""Overrides that change no tensor."""
 SHAPES = ("image_size", "num_classes", "channels")
-"""Overrides that change tensors."""
+"""Overrides that bring other tensors; every other field of a configuration may be changed as long as none changes."""
 
 
 def check_overrides(overrides: Mapping[str, object]) -> None:
     """Raise a UserError for a keyword that loading does not know, before anything is read."""
-    known = (*SETTINGS, *SHAPES, "position_resize")
+    known = {field.name for family in FAMILIES for field in fields(family)} | {"position_resize"}
     for key in overrides:
         if key not in known:
-            raise UserError(
-                f"a loaded model cannot be given {key!r}.{did_you_mean(key, known)} "
-                f"What can be changed: {', '.join(known)}."
-            )
+            raise UserError(f"a loaded model cannot be given {key!r}.{did_you_mean(key, known)}")
     method = overrides.get("position_resize")
     if method is not None and method not in get_args(PositionResize):
         raise UserError(f"position_resize must be one of {', '.join(get_args(PositionResize))}, not {method!r}.")
 
 
-def with_overrides(model: ImageModel, overrides: Mapping[str, object]) -> ImageModel:
-    """Return the model with the keywords of `load_model` applied; it takes over the tensors of `model`."""
+def with_overrides(
+    model: ImageModel, overrides: Mapping[str, object], position_resize: PositionResize = "official"
+) -> ImageModel:
+    """Return the model with the keywords of `load_model` applied; it takes over the tensors of `model`.
+
+    `position_resize` is the method of the weights' own source, used when the keywords name none.
+    """
     check_overrides(overrides)
-    changes = {key: value for key, value in overrides.items() if key in (*SETTINGS, *SHAPES)}
-    wanted = _changed(model.config, changes)
-    settings = {key: getattr(wanted, key) for key in SETTINGS if key in overrides}
+    config = model.config
+    own = {field.name for field in fields(config)}
+    changes = {key: value for key, value in overrides.items() if key != "position_resize"}
+    for key in changes:
+        if key not in own:
+            raise UserError(f"a {type(model).__name__} has no {key!r}.{did_you_mean(key, own)}")
+    wanted = _changed(config, changes)
+    settings = {key: getattr(wanted, key) for key in changes if key not in SHAPES}
     if settings:
-        changed = assemble(replace(model.config, **settings), model.state_dict(), "the model")
-        model = _described(changed, model.preprocessing, model.labels, model.multi_label)
+        model = _with_settings(model, replace(config, **settings), settings)
     shapes = {key: getattr(wanted, key) for key in SHAPES if key in overrides}
-    return adapt(model, **shapes, position_resize=overrides.get("position_resize"))  # pyright: ignore[reportArgumentType]
+    method: Any = overrides.get("position_resize")
+    if method is None and "image_size" in shapes:
+        method = position_resize
+    return adapt(model, **shapes, position_resize=method)
+
+
+def _with_settings(model: ImageModel, config: ModelConfig, settings: Mapping[str, object]) -> ImageModel:
+    state = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()} != shapes:
+        raise UserError(
+            f"{', '.join(f'{key}={value!r}' for key, value in settings.items())} does not fit the weights that were "
+            "loaded: only what changes no tensor can be given, and image_size, num_classes, channels."
+        )
+    return _described(assemble(config, state, "the model"), model.preprocessing, model.labels, model.multi_label)
 
 
 def adapt(
@@ -62,9 +79,9 @@ def adapt(
     Args:
         model: Not to be used afterwards.
         image_size: Picture size in pixels, height and width or one number; learned positions are resized.
-        num_classes: Outputs. Another number than the model's brings a fresh head of zeros in place of the head and of
-            `pre_logits`, as in the ViT paper (section 3.2); 0 removes the head alone.
-        channels: 3 to 1 sums the patch embedding over the channels, 1 to 3 spreads it evenly: a grey picture gives
+        num_classes: Outputs. Another number than the model's brings a fresh head of zeros, in a ViT in place of
+            `pre_logits` too, as its paper does (section 3.2); 0 removes the head alone.
+        channels: 3 to 1 sums the first kernel over the channels, 1 to 3 spreads it evenly: a grey picture gives
             the same answer either way, when all channels are normalised alike.
         labels: Class names. Others than those the model knows bring a fresh head, even where their number is the same.
         position_resize: Whose method resizes positions; "official" if None.
@@ -83,16 +100,16 @@ def adapt(
     changes = {"image_size": image_size, "channels": channels}
     target = _changed(config, {key: value for key, value in changes.items() if value is not None})
     if target.image_size != config.image_size:
-        _resize_positions(state, config, target, position_resize or "official")
+        model.resize_tables(state, target.image_size, position_resize or "official")
     if target.channels != config.channels:
-        _change_channels(state, config.channels, target.channels)
+        _change_channels(state, model.input_kernel, config.channels, target.channels)
         preprocessing = replace(preprocessing, mean=_grey(preprocessing.mean), std=_grey(preprocessing.std))
     preprocessing = replace(preprocessing, image_size=target.image_size, channels=target.channels)
 
     names = tuple(labels) if labels else model.labels
     same_head = num_classes == config.num_classes and (not model.labels or names == model.labels)
     if not same_head:
-        target = _replace_head(state, target, num_classes)
+        target = _replace_head(state, model, target, num_classes)
         names = tuple(labels) if labels else ()
     if target == config and names == model.labels and same_head:
         return model
@@ -100,21 +117,11 @@ def adapt(
     return _described(adapted, preprocessing, names, model.multi_label and same_head)
 
 
-def _resize_positions(state: dict[str, Tensor], old: ViTConfig, new: ViTConfig, method: PositionResize) -> None:
-    if old.positions == "sincos":
-        return
-    class_rows = 1 if old.positions == "learned" else 0
-    rows = state["positions"]
-    resized = resize_positions(rows[:, class_rows:], old.grid, new.grid, method)
-    state["positions"] = torch.cat([rows[:, :class_rows], resized], dim=1)
-
-
-def _change_channels(state: dict[str, Tensor], old: int, new: int) -> None:
-    kernel = state["patch_embed.weight"]
+def _change_channels(state: dict[str, Tensor], name: str, old: int, new: int) -> None:
     if (old, new) == (3, 1):
-        state["patch_embed.weight"] = kernel.sum(dim=1, keepdim=True)
+        state[name] = state[name].sum(dim=1, keepdim=True)
     elif (old, new) == (1, 3):
-        state["patch_embed.weight"] = (kernel / 3).repeat(1, 3, 1, 1)
+        state[name] = (state[name] / 3).repeat(1, 3, 1, 1)
     else:
         raise UserError(
             f"weights for {old} channels cannot be adapted to {new}, only 3 to 1 and 1 to 3. "
@@ -122,17 +129,18 @@ def _change_channels(state: dict[str, Tensor], old: int, new: int) -> None:
         )
 
 
-def _replace_head(state: dict[str, Tensor], config: ViTConfig, num_classes: int) -> ViTConfig:
+def _replace_head(state: dict[str, Tensor], model: ImageModel, config: ModelConfig, num_classes: int) -> ModelConfig:
     """Put a head of zeros in place of the old one, and return the configuration for it."""
-    like = state["norm.weight"]
-    for name in [name for name in state if name.split(".")[0] in ("head", "pre_logits")]:
-        if num_classes or name.startswith("head."):
-            del state[name]
-    if num_classes == 0:
-        return replace(config, num_classes=0)
-    state["head.weight"] = like.new_zeros(num_classes, config.width)
-    state["head.bias"] = like.new_zeros(num_classes)
-    return replace(config, num_classes=num_classes, pre_logits=0, head_bias=0.0)
+    head = replace(config, num_classes=0) if num_classes == 0 else model.with_classes(num_classes)
+    config = replace(head, image_size=config.image_size, channels=config.channels)
+    like = next(model.parameters())
+    wanted = empty_model(config).state_dict()
+    for name in [name for name in state if name not in wanted or name.startswith("head.")]:
+        del state[name]
+    for name in wanted:
+        if name.startswith("head."):
+            state[name] = like.new_zeros(wanted[name].shape)
+    return config
 
 
 def _grey(values: tuple[float, ...]) -> tuple[float, ...]:

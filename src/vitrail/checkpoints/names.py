@@ -16,23 +16,48 @@ from torch import Tensor
 from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Preprocessing
 from vitrail.errors import UserError
+from vitrail.layers.embedding import PositionResize
 from vitrail.models.base import ImageModel
 
 Arrays = Mapping[str, np.ndarray]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hints:
+    """What a person says of weights because their arrays cannot."""
+
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels that position tables are made for."""
+    heads: int | None = None
+    """Attention heads."""
+
+
+NO_HINTS = Hints()
+
+
 class NameTable(ABC):
-    """One convention of foreign names."""
+    """One convention of foreign names for one family."""
+
+    name: str
+    """Of the convention; tables of several families may share one."""
+    family: type[ModelConfig]
+    """The family whose models it can write."""
+    position_resize: PositionResize = "official"
+    """How the foreign code resizes positions to another picture size."""
+
+    @abstractmethod
+    def claims(self, arrays: Arrays) -> bool:
+        """Return whether arrays are under these names."""
 
     @abstractmethod
     def to_ours(
-        self, arrays: Arrays, *, image_size: tuple[int, int] | None = None, source: str = "this file"
+        self, arrays: Arrays, *, hints: Hints = NO_HINTS, source: str = "this file"
     ) -> tuple[ModelConfig, dict[str, Tensor]]:
         """Return the configuration and state dict that foreign arrays stand for.
 
         Args:
             arrays: By foreign name. They may share memory with the result.
-            image_size: Rows and columns in pixels that the positions are made for, where the arrays cannot tell.
+            hints: What the arrays cannot tell.
             source: What to call the arrays in errors.
 
         Raises:
@@ -105,13 +130,14 @@ def read_rows(rows: Iterable[Row], depth: int, arrays: Arrays, source: str) -> d
     for row in _per_block(rows, depth):
         if missing := [name for name in row.theirs if name not in left]:
             raise UserError(f"{source} lacks the array {missing[0]!r}; it is incomplete, or not a model vitrail knows.")
-        theirs = [_as_float32(name, left.pop(name), source) for name in row.theirs]
+        theirs = [_as_weights(name, left.pop(name), source) for name in row.theirs]
         try:
             ours = row.layout.read(theirs)
         except (EinopsError, ValueError) as error:
             shapes = ", ".join(str(array.shape) for array in theirs)
             raise UserError(f"{source}: {', '.join(row.theirs)} cannot have the shape {shapes}.") from error
-        state[row.ours] = torch.from_numpy(np.require(ours, requirements=["C", "W"]))
+        # require makes a scalar an array of one number, which reshape undoes
+        state[row.ours] = torch.from_numpy(np.require(ours, requirements=["C", "W"]).reshape(np.shape(ours)))
     if left:
         shown = ", ".join(list(left)[:8]) + (", ..." if len(left) > 8 else "")
         raise UserError(f"{source} holds {len(left)} arrays that this model has no place for: {shown}.")
@@ -119,10 +145,11 @@ def read_rows(rows: Iterable[Row], depth: int, arrays: Arrays, source: str) -> d
 
 
 def write_rows(rows: Iterable[Row], depth: int, heads: int, state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Return foreign arrays from our state dict, in float32 as the foreign files are."""
+    """Return foreign arrays from our state dict, in float32 as the foreign files are; counters stay whole numbers."""
     arrays: dict[str, np.ndarray] = {}
     for row in _per_block(rows, depth):
-        ours = state[row.ours].detach().float().cpu().numpy()
+        tensor = state[row.ours].detach().cpu()
+        ours = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         for name, array in zip(row.theirs, row.layout.write(ours, len(row.theirs), heads), strict=True):
             arrays[name] = np.ascontiguousarray(array)
     return arrays
@@ -137,10 +164,13 @@ def _per_block(rows: Iterable[Row], depth: int) -> Iterable[Row]:
             yield row
 
 
-def _as_float32(name: str, array: np.ndarray, source: str) -> np.ndarray:
+def _as_weights(name: str, array: np.ndarray, source: str) -> np.ndarray:
+    """Return an array in float32; BatchNorm's counters of batches stay whole numbers."""
     if array.dtype == np.dtype("V2"):
         # numpy has no bfloat16; JAX's arrays arrive as two raw bytes: the upper half of a float32.
         return (array.view("<u2").astype(np.uint32) << 16).view(np.float32)
     if array.dtype.kind == "f" and array.dtype.itemsize <= 4:
         return array.astype(np.float32, copy=False)
+    if array.dtype == np.int64 and array.ndim == 0:
+        return array
     raise UserError(f"{source}: {name} has numbers of type {array.dtype}; weights are float32, float16 or bfloat16.")

@@ -23,16 +23,19 @@ from vitrail.checkpoints.names import (
     DENSE,
     FROM_HEADS,
     HEADS_BIAS,
+    NO_HINTS,
     SAME,
     TO_HEADS,
     Arrays,
+    Hints,
     NameTable,
     Row,
     read_rows,
     write_rows,
 )
-from vitrail.config.model import ModelConfig, Pool, Positions, ViTConfig
+from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Fit, Preprocessing
+from vitrail.config.vit import Pool, Positions, ViTConfig
 from vitrail.errors import UserError
 from vitrail.models.base import ImageModel
 
@@ -114,6 +117,7 @@ class OfficialViT(NameTable):
     """Reads every official file; writes the variant that its fields say."""
 
     name: str
+    family: type[ModelConfig] = ViTConfig
     prefix: str
     published: bool
     holds: frozenset[tuple[Pool, Positions]] | None
@@ -121,11 +125,14 @@ class OfficialViT(NameTable):
     fit: Fit
     """What the code evaluates: `squash` (vision_transformer's fine-tuning) or `crop` (big_vision's `resize_small`)."""
 
+    def claims(self, arrays: Arrays) -> bool:
+        return "embedding/kernel" in _without_prefix(arrays) and official_table(arrays) is self
+
     def to_ours(
-        self, arrays: Arrays, *, image_size: tuple[int, int] | None = None, source: str = "this file"
+        self, arrays: Arrays, *, hints: Hints = NO_HINTS, source: str = "this file"
     ) -> tuple[ModelConfig, dict[str, Tensor]]:
         plain = _one_form(arrays, source)
-        config = _read_config(plain, image_size, source)
+        config = _read_config(plain, hints.image_size, source)
         return config, read_rows(vit_rows(config), config.depth, plain, source)
 
     def from_ours(self, model: ImageModel) -> dict[str, np.ndarray]:

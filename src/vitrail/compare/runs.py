@@ -12,6 +12,7 @@ from vitrail.checkpoints.storage import standing
 from vitrail.config.codec import from_json, to_json
 from vitrail.config.model import ModelConfig, list_models, model_config
 from vitrail.config.run import RunConfig
+from vitrail.config.vit import ViTConfig
 from vitrail.errors import UserError
 from vitrail.metrics import judged_by, score
 from vitrail.training.folder import RunFolder
@@ -227,10 +228,11 @@ def _describe(config: ModelConfig) -> str:
     for name in list_models():
         if _size_only(model_config(name)) == _size_only(config):
             return f"{name} at {size}"
-    patch = "x".join(map(str, config.patch_size))
-    return (
-        f"{type(config).__name__.removesuffix('Config')} {patch}, width {config.width}, depth {config.depth}, at {size}"
-    )
+    family = type(config).__name__.removesuffix("Config")
+    if isinstance(config, ViTConfig):
+        patch = "x".join(map(str, config.patch_size))
+        return f"{family} {patch}, width {config.width}, depth {config.depth}, at {size}"
+    return f"{family} of no published size, at {size}"
 
 
 def _size_only(config: ModelConfig) -> dict[str, Any]:

@@ -1,98 +1,19 @@
-"""Model configurations and the table of published sizes.
+"""Names of models: what `vitrail models` lists, and the configuration each stands for.
 
-A new size is one row of a table; a new family is one more dataclass in `ModelConfig`.
+A new size is one row in its family's file; a new family is one more configuration class in `ModelConfig`.
 """
 
-import re
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from dataclasses import fields, replace
 
+from vitrail.config.vit import VITS, ViTConfig, vit_of_any_patch
 from vitrail.errors import UserError, did_you_mean
 
-Pool = Literal["token", "gap", "map"]
-Positions = Literal["learned", "learned-patches", "sincos"]
-Gelu = Literal["tanh", "erf", "quick"]
+ModelConfig = ViTConfig
+"""What a model is. Every family has `image_size`, `channels`, `num_classes`, `dropout`, `drop_path`, `head_bias`."""
+FAMILIES: tuple[type[ModelConfig], ...] = (ViTConfig,)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ViTConfig:
-    """Vision Transformer (Dosovitskiy et al., 2021, arXiv 2010.11929, section 3.1; big_vision's variants)."""
-
-    image_size: tuple[int, int] = (224, 224)
-    """Height and width in pixels that the position table is made for; any other size still works."""
-    patch_size: tuple[int, int] = (16, 16)
-    """Height and width of a patch in pixels."""
-    channels: int = 3
-    """Channels of a picture: 3 for RGB, 1 for grey."""
-    num_classes: int = 1000
-    """Outputs of the head; 0 leaves the head out."""
-    width: int = 768
-    """Width of a token (D in the paper)."""
-    depth: int = 12
-    """Number of Transformer blocks (L in the paper)."""
-    mlp_dim: int = 3072
-    """Hidden width of a block's feed-forward network."""
-    heads: int = 12
-    """Attention heads."""
-    pool: Pool = "token"
-    """How tokens become one vector: class token, mean of the patches, or attention pooling (MAP)."""
-    positions: Positions = "learned"
-    """Learned table with a row for the class token, learned table of patches only, or fixed 2-D sin-cos."""
-    pre_logits: int = 0
-    """Width of the tanh layer before the head (the paper's pre-training head); 0 leaves it out."""
-    qkv_bias: bool = True
-    """Whether query, key and value have biases; only the ImageNet-21K-P weights do without."""
-    gelu: Gelu = "tanh"
-    """Flavour of GELU: tanh in the JAX code, erf in timm and Hugging Face."""
-    norm_eps: float = 1e-6
-    """Epsilon of LayerNorm."""
-    dropout: float = 0.0
-    """Dropout after the positions and in the feed-forward networks."""
-    drop_path: float = 0.0
-    """Stochastic depth at the last block; grows linearly from 0 at the first."""
-    head_bias: float = 0.0
-    """Initial bias of the head: 0 for softmax, about -log(classes) for a sigmoid loss."""
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size"):
-            value = getattr(self, name)
-            if len(value) != 2 or min(value) < 1:
-                raise UserError(f"{name} must be two positive numbers, height and width, not {value}.")
-        for name in ("dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} must lie in [0, 1), not {getattr(self, name)}.")
-        for name, least in {"channels": 1, "width": 1, "depth": 1, "mlp_dim": 1, "heads": 1, "num_classes": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}.")
-        if self.width % self.heads:
-            raise UserError(f"width {self.width} is not a multiple of heads {self.heads}; change one of them.")
-        if self.positions == "sincos" and self.width % 4:
-            raise UserError(f"sin-cos positions need a width that is a multiple of 4, not {self.width}.")
-        if self.positions == "learned" and self.pool != "token":
-            # Official tables of models without a class token hold patches only.
-            object.__setattr__(self, "positions", "learned-patches")
-        if self.image_size[0] < self.patch_size[0] or self.image_size[1] < self.patch_size[1]:
-            raise UserError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}.")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches at `image_size`."""
-        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
-
-
-ModelConfig = ViTConfig  # becomes a union with the second family
-
-# Sizes as (width, depth, mlp_dim, heads). Ti, S: DeiT (arXiv 2012.12877); B, L, H: ViT paper, table 1;
-# g, G: "Scaling Vision Transformers" (arXiv 2106.04560, table 2).
-VIT_SIZES: dict[str, tuple[int, int, int, int]] = {
-    "ti": (192, 12, 768, 3),
-    "s": (384, 12, 1536, 6),
-    "b": (768, 12, 3072, 12),
-    "l": (1024, 24, 4096, 16),
-    "h": (1280, 32, 5120, 16),
-    "giant": (1408, 40, 6144, 16),
-    "gigantic": (1664, 48, 8192, 16),
-}
+MODELS: dict[str, ModelConfig] = {**VITS}
+"""Every published size under its name."""
 
 # Names of the leaderboards and papers; letter case matters: g/14 is not G/14.
 ALIASES: dict[str, str] = {
@@ -105,20 +26,9 @@ ALIASES: dict[str, str] = {
 }
 
 
-def vit_config(size: str, patch: int) -> ViTConfig:
-    """Return the published configuration of ViT-`size`/`patch` at 224 px."""
-    width, depth, mlp_dim, heads = VIT_SIZES[size]
-    config = ViTConfig(width=width, depth=depth, mlp_dim=mlp_dim, heads=heads, patch_size=(patch, patch))
-    if size in ("giant", "gigantic"):
-        # Section 3.3 of arXiv 2106.04560: attention pooling (MAP) instead of a class token.
-        config = replace(config, pool="map", positions="learned-patches")
-    return config
-
-
 def list_models() -> list[str]:
     """Return the names of all published sizes."""
-    plain = [f"vit-{size}{patch}" for size in ("ti", "s", "b", "l", "h") for patch in (8, 14, 16, 32)]
-    return [*plain, "vit-b16-21kp", "vit-giant14", "vit-gigantic14"]
+    return list(MODELS)
 
 
 def model_config(name: str, **overrides: object) -> ModelConfig:
@@ -130,13 +40,9 @@ def model_config(name: str, **overrides: object) -> ModelConfig:
         UserError: when there is no such model or field.
     """
     plain = ALIASES.get(name, name)
-    if plain == "vit-b16-21kp":
-        # Semantic softmax weights were trained in timm (exact GELU) without query, key, value biases.
-        config = replace(vit_config("b", 16), qkv_bias=False, gelu="erf", num_classes=11221)
-    elif match := re.fullmatch(rf"vit-({'|'.join(VIT_SIZES)})(\d+)", plain):
-        config = vit_config(match[1], int(match[2]))
-    else:
-        hint = did_you_mean(name, [*list_models(), *ALIASES])
+    config = MODELS.get(plain) or vit_of_any_patch(plain)
+    if config is None:
+        hint = did_you_mean(name, [*MODELS, *ALIASES])
         raise UserError(f"there is no model named {name!r}.{hint} `vitrail models` lists them all.")
     return override(config, overrides)
 

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
-from vitrail.config.model import ModelConfig, ViTConfig
+from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Fit, Interpolation
+from vitrail.config.vit import ViTConfig
 from vitrail.errors import UserError
 
 

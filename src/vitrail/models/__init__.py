@@ -2,7 +2,8 @@
 
 import torch
 
-from vitrail.config.model import ModelConfig, ViTConfig, model_config
+from vitrail.config.model import ModelConfig, model_config
+from vitrail.config.vit import ViTConfig
 from vitrail.models.base import ImageModel
 from vitrail.models.vit import ViT
 

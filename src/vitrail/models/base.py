@@ -1,27 +1,47 @@
 """What every model of the zoo offers, whatever its family."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import ClassVar, Generic, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Preprocessing
+from vitrail.errors import UserError
+from vitrail.layers.embedding import PositionResize
+
+Config = TypeVar("Config", bound=ModelConfig, default=ModelConfig, covariant=True)
 
 
-class ImageModel(nn.Module, ABC):
-    """An image classifier. Families are final subclasses; runs, reports and exports use only what stands here."""
+class WithLoss(NamedTuple):
+    """What a model with losses of its own answers while training."""
 
-    config: ModelConfig
+    logits: Tensor
+    loss: Tensor
+    """Scalar, weighted, to be added to the mean loss of the batch."""
+
+
+class ImageModel(nn.Module, ABC, Generic[Config]):
+    """An image classifier. Runs, reports and exports use only what stands here.
+
+    The layer that gives the logits is called `head`; with `num_classes` 0 there is none.
+    """
+
+    config: Config
     preprocessing: Preprocessing
     """How a picture becomes the input; travels with the weights."""
     labels: tuple[str, ...]
     """Class names in the order of the logits; empty when unknown."""
     multi_label: bool
     """Whether a picture may carry several labels (independent sigmoids) instead of one (softmax)."""
+    input_kernel: ClassVar[str]
+    """State-dict name of the convolution kernel that reads the picture."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.preprocessing = Preprocessing(image_size=config.image_size, channels=config.channels)
@@ -33,8 +53,15 @@ class ImageModel(nn.Module, ABC):
         """Return the vector per picture that the head classifies."""
 
     @abstractmethod
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
-        """Return logits for normalised pictures."""
+    def feature_map(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
+        """Return the last features that still have a place in the picture, before pooling."""
+
+    @abstractmethod
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Tensor | WithLoss:
+        """Return logits [b classes] for normalised pictures; while training, with the model's own loss if it has one.
+
+        In evaluation mode the answer is always the logits alone.
+        """
 
     @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
@@ -47,3 +74,20 @@ class ImageModel(nn.Module, ABC):
     @abstractmethod
     def init_weights(self) -> None:
         """Fill every parameter and buffer as the paper does. Needed after construction on the meta device."""
+
+    def attention(self, images: Float[Tensor, "b c h w"]) -> Iterator[Float[Tensor, "b heads q k"]]:
+        """Yield the attention probabilities of one block after the other, input to output; rows are queries.
+
+        They are computed beside the fused kernels, one map at a time: all of a large model's may not fit into memory.
+
+        Raises:
+            UserError: When the family has no attention.
+        """
+        raise UserError(f"{type(self).__name__} has no attention to show.")
+
+    def with_classes(self, num_classes: int) -> ModelConfig:
+        """Return the configuration of the same body with a fresh head."""
+        return replace(self.config, num_classes=num_classes, head_bias=0.0)
+
+    def resize_tables(self, state: dict[str, Tensor], image_size: tuple[int, int], method: PositionResize) -> None:
+        """Resample in place what this model's state dict holds for one picture size only; most families hold none."""

@@ -5,16 +5,18 @@ The figure of the paper, read from bottom to top, is `ViT.tokens`: patches, clas
 """
 
 import math
-from typing import final
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import ClassVar, final
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.config.model import ViTConfig
+from vitrail.config.vit import ViTConfig
 from vitrail.layers.attention import Attention, AttentionPool
-from vitrail.layers.embedding import resize_positions, sincos_positions
+from vitrail.layers.embedding import PositionResize, resize_positions, sincos_positions
 from vitrail.layers.feedforward import FeedForward
 from vitrail.layers.residual import DropPath
 from vitrail.models.base import ImageModel
@@ -44,10 +46,10 @@ class Block(nn.Module):
 
 
 @final
-class ViT(ImageModel):
+class ViT(ImageModel[ViTConfig]):
     """Vision Transformer of any size, patch, pooling and picture size."""
 
-    config: ViTConfig
+    input_kernel: ClassVar[str] = "patch_embed.weight"
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
@@ -89,6 +91,16 @@ class ViT(ImageModel):
             x = block(x)
         return self.norm(x)
 
+    def feature_map(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
+        rows, columns = (side // patch for side, patch in zip(images.shape[2:], self.config.patch_size, strict=True))
+        return rearrange(self.tokens(images)[:, -rows * columns :], "b (h w) d -> b d h w", h=rows)
+
+    def attention(self, images: Float[Tensor, "b c h w"]) -> Iterator[Float[Tensor, "b heads n n"]]:
+        x = self.embed(images)
+        for block in self.blocks():
+            yield block.attention.weights(block.norm1(x))
+            x = block(x)
+
     def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Return patches with class token and positions: what enters the first block (equation 1)."""
         patches = self.patch_embed(images)
@@ -118,6 +130,18 @@ class ViT(ImageModel):
         if root == "encoder":
             return int(rest[0]) + 1
         return 0 if root in ("patch_embed", "class_token", "positions") else self.config.depth + 1
+
+    def with_classes(self, num_classes: int) -> ViTConfig:
+        """Return the configuration with a fresh head, which stands in for pre-logits too (ViT paper, section 3.2)."""
+        return replace(self.config, num_classes=num_classes, pre_logits=0, head_bias=0.0)
+
+    def resize_tables(self, state: dict[str, Tensor], image_size: tuple[int, int], method: PositionResize) -> None:
+        if self.config.positions == "sincos":
+            return
+        class_rows = 1 if self.config.positions == "learned" else 0
+        rows, grid = state["positions"], replace(self.config, image_size=image_size).grid
+        resized = resize_positions(rows[:, class_rows:], self.config.grid, grid, method)
+        state["positions"] = torch.cat([rows[:, :class_rows], resized], dim=1)
 
     @torch.no_grad()
     def init_weights(self) -> None:

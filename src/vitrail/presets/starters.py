@@ -1,7 +1,7 @@
 """Presets to begin with: they run anywhere, from the pictures alone or from weights at hand."""
 
-from vitrail.config.model import ViTConfig
 from vitrail.config.run import AugmentConfig, InputConfig, LoopConfig, OptimConfig, RunConfig, SupervisedConfig
+from vitrail.config.vit import ViTConfig
 from vitrail.presets.base import Preset
 
 DEMO = Preset(

@@ -12,7 +12,7 @@ from vitrail.config.run import OptimConfig, SupervisedConfig
 from vitrail.data.augment import Augment
 from vitrail.data.base import Batch
 from vitrail.losses import classification_loss
-from vitrail.models.base import ImageModel
+from vitrail.models.base import ImageModel, WithLoss
 from vitrail.optim import AveragedWeights, build_optimizer
 from vitrail.parallel import Precision, accumulating, autocast, replicate
 from vitrail.recipes.base import Learner
@@ -55,7 +55,7 @@ class SupervisedLearner(Learner):
             images, targets = self._augment(batch.to(self._device), classes=self.model.config.num_classes)
             last = i == len(micro_batches) - 1
             with accumulating(self._replica, last=last), autocast(self._precision, self._device):
-                part = self._loss(self._replica(images), targets) / pictures
+                part = self._loss(self._replica(images), targets, len(batch)) / pictures
                 self.scaler.scale(part).backward()
             loss += part.detach()
         self.scaler.unscale_(optimizer)
@@ -66,14 +66,17 @@ class SupervisedLearner(Learner):
             self.average.update(self.model)
         return {"loss": loss, "gradient_norm": norm}
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return classification_loss(
+    def _loss(self, answer: Tensor | WithLoss, targets: Tensor, pictures: int) -> Tensor:
+        """Return the summed loss of the pictures, with a model's own loss added to each."""
+        logits, own = answer if isinstance(answer, WithLoss) else (answer, None)
+        loss = classification_loss(
             logits,
             targets,
             sigmoid=self._sigmoid,
             label_smoothing=self._recipe.label_smoothing,
             class_weights=self._class_weights,
         ).sum()
+        return loss if own is None else loss + pictures * own
 
 
 def inverse_frequency(class_counts: Int[np.ndarray, " classes"]) -> Float32[np.ndarray, " classes"]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitrail.data.base import Source
 from vitrail.data.view import evaluation_view
-from vitrail.explain import attention_distance, attention_layers, patch_filters, patch_rollout, position_similarity
+from vitrail.explain import attention_distance, patch_filters, patch_rollout, position_similarity
 from vitrail.metrics import Answer, Evaluation
 from vitrail.models import ImageModel, ViT
 from vitrail.report.charts import Series, line_chart
@@ -58,7 +58,7 @@ def _mean_distance(sample: list[Answer], source: Source, model: ViT) -> Float[Te
     size = model.preprocessing.image_size
     grid = size[0] // patch[0], size[1] // patch[1]
     distances = [
-        attention_distance(attention_layers(model, _input(answer, source, model)), grid, patch) for answer in sample
+        attention_distance(model.attention(_input(answer, source, model)), grid, patch) for answer in sample
     ]
     return torch.stack(distances).mean(dim=0).cpu()
 

@@ -1,0 +1,99 @@
+"""Reading a Vision Transformer's settings off the names and shapes of its arrays, whatever the convention of names."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import isqrt
+
+from vitrail.checkpoints.names import Arrays, Hints
+from vitrail.config.vit import VIT_SIZES, Positions
+from vitrail.errors import UserError
+
+_HEADS = {(width, depth, mlp_dim): heads for width, depth, mlp_dim, heads in VIT_SIZES.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Shapes of named arrays, with errors that name the file and the array."""
+
+    arrays: Arrays
+    source: str
+    """What to call the arrays in errors."""
+    kind: str
+    """What the names are thought to be, for errors: "official ViT"."""
+
+    def of(self, name: str, axes: int) -> tuple[int, ...]:
+        """Return the shape of an array that must be there, with as many axes and nothing empty."""
+        if name not in self.arrays:
+            raise UserError(
+                f"{self.source} has no array {name!r}: it is not one of the {self.kind} files that vitrail knows."
+            )
+        shape = self.arrays[name].shape
+        if len(shape) != axes or 0 in shape:
+            raise UserError(f"{self.source}: {name} cannot have the shape {shape}.")
+        return shape
+
+    def leading(self, name: str, axes: int) -> int:
+        """Return the first side of an array, 0 when there is no such array."""
+        return self.of(name, axes)[0] if name in self.arrays else 0
+
+
+def depth_of(names: Iterable[str], block: str) -> int:
+    """Return how many blocks names speak of; the pattern `block` captures the number of one."""
+    return len({match[1] for name in names if (match := re.match(block, name))})
+
+
+def stages_of(names: Iterable[str], unit: str) -> tuple[int, ...]:
+    """Return the number of bottlenecks in each stage of a stem; `unit` captures the numbers of stage and bottleneck."""
+    found = {(int(match[1]), match[2]) for name in names if (match := re.match(unit, name))}
+    stages = [stage for stage, _ in found]
+    return tuple(stages.count(stage) for stage in sorted(set(stages)))
+
+
+def heads_of(width: int, depth: int, mlp_dim: int, hints: Hints, source: str) -> int:
+    """Return the number of attention heads, which torch's merged matrices do not show.
+
+    It is the one that was said, that of the published size, or one per 64 of the width.
+
+    Raises:
+        UserError: When it must be said.
+    """
+    heads = hints.heads or _HEADS.get((width, depth, mlp_dim)) or (0 if width % 64 else width // 64)
+    if not heads:
+        raise UserError(
+            f"{source} does not tell the number of its attention heads (the width {width} is not a multiple of 64); "
+            "say it as heads=."
+        )
+    return heads
+
+
+def positions_of(
+    shapes: Shapes, name: str, cell: tuple[int, int], class_rows: tuple[int, ...], hints: Hints
+) -> tuple[Positions, tuple[int, int]]:
+    """Return the kind of a position table and the picture size it is for.
+
+    Its grid is square, or that of the picture size that was said.
+
+    Args:
+        shapes: Of the file.
+        name: Of the table.
+        cell: Height and width of a position in pixels.
+        class_rows: Numbers of rows that may stand for the class token: 0 or 1.
+        hints: With the picture size of a table that is not square.
+
+    Raises:
+        UserError: When neither fits.
+    """
+    table = shapes.arrays[name]
+    rows = table.shape[1] if table.ndim == 3 else 0
+    grids = [(isqrt(rows - row), isqrt(rows - row), row) for row in class_rows if rows > row]
+    if hints.image_size is not None:
+        asked = hints.image_size[0] // cell[0], hints.image_size[1] // cell[1]
+        grids += [(*asked, row) for row in class_rows]
+    for height, width, row in grids:
+        if height * width + row == rows and height * width > 0:
+            return "learned" if row else "learned-patches", (height * cell[0], width * cell[1])
+    raise UserError(
+        f"{shapes.source} has positions of the shape {table.shape}, which is not a square grid; "
+        "say which picture size they are for, as image_size=(height, width)."
+    )
