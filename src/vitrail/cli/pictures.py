@@ -1,0 +1,147 @@
+"""The verbs that put pictures or runs before us: `evaluate`, `predict`, `check` and `compare`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.table import Column, Table
+from rich.text import Text
+from tyro.conf import Positional
+
+from vitrail.cli.console import Console, Data, Model, print_json, require_workers
+from vitrail.errors import UserError
+
+if TYPE_CHECKING:
+    from vitrail.metrics import Evaluation
+
+
+def evaluate(model: Model, data: Data, *, split: str | None = None, json: bool = False) -> int:
+    """Measure a model on labelled pictures: top-1, top-5, macro-F1, calibration, per class.
+
+    Args:
+        model: Model folder or weight file.
+        data: Folder of pictures, CSV manifest, CIFAR or IDX folder, .npz, or fashion-mnist (embedded).
+        split: Part to evaluate: train, val or test; default: test where there is one, else val.
+        json: Print one JSON document on stdout.
+    """
+    from vitrail.checkpoints import load_model
+    from vitrail.evaluation import evaluate as measure
+    from vitrail.parallel import pick_device
+
+    evaluation = measure(load_model(model), data, split=split, device=pick_device())
+    metrics = evaluation.metrics()
+    broken = [{"name": name, "reason": reason} for name, reason in evaluation.broken]
+    if json:
+        print_json(
+            {**metrics, "pictures": len(evaluation.names), "per_class": evaluation.per_class(), "broken": broken}
+        )
+    else:
+        _print_evaluation(evaluation, metrics)
+    return 3 if broken else 0
+
+
+def predict(
+    model: Model,
+    images: Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE ...")]],
+    *,
+    top: int = 5,
+    out: Path | None = None,
+    workers: int = 2,
+    json: bool = False,
+) -> int:
+    """Classify pictures: files, folders or globs.
+
+    Args:
+        model: Model folder or weight file.
+        images: Pictures, folders, globs.
+        top: Classes per picture.
+        out: Write to this .csv or .jsonl file instead of the terminal.
+        workers: Decoding threads.
+        json: Print one JSON document on stdout.
+    """
+    from vitrail.checkpoints import load_model
+    from vitrail.parallel import pick_device
+    from vitrail.prediction import predict as classify
+    from vitrail.prediction import require_suffix, write_predictions
+
+    if top < 1:
+        raise UserError(f"--top must be at least 1, not {top}.")
+    require_workers(workers)
+    if out is not None:
+        require_suffix(out)  # before the work, not after it
+    predictions = classify(load_model(model).to(pick_device()), images, top=top, workers=workers)
+    if out is not None:
+        write_predictions(predictions, out)
+    if json:
+        print_json([p.to_json() for p in predictions])
+    elif out is None:
+        # Names fold where they must: one that is cut short names no file. They are no markup either.
+        table = Table(Column("picture", overflow="fold"), "classes, likeliest first")
+        for p in predictions:
+            answer = ", ".join(f"{label} {share:.1%}" for label, share in p.labels) or f"skipped: {p.problem}"
+            table.add_row(Text(p.name), Text(answer))
+        Console().print(table)
+    return 3 if any(p.problem for p in predictions) else 0
+
+
+def check(data: Data, *, workers: int = 2, json: bool = False) -> int:
+    """Tell what is wrong with a data set: broken pictures, duplicates, leakage, imbalance, odd formats.
+
+    Args:
+        data: Folder of pictures, CSV manifest, CIFAR or IDX folder, or .npz.
+        workers: Decoding threads.
+        json: Print one JSON document on stdout.
+    """
+    from vitrail.check import check as inspect
+    from vitrail.check import print_report
+
+    require_workers(workers)
+    report = inspect(data, workers=workers)
+    if json:
+        print_json(report.to_json())
+    else:
+        print_report(report, Console())
+    return 0 if report.ok else 3
+
+
+def compare(
+    runs: Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN ...")]],
+    *,
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Compare runs: results, settings that differ, curves.
+
+    Args:
+        runs: Run folders.
+        out: Write a page with the curves to this .html file.
+        json: Print one JSON document on stdout.
+    """
+    from vitrail.compare import compare as put_side_by_side
+    from vitrail.compare import print_comparison, write_page
+
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{out}: the page is written as .html; choose this suffix.")
+    comparison = put_side_by_side(runs)
+    if out is not None:
+        write_page(comparison, out)
+    if json:
+        return print_json(comparison.to_json())
+    print_comparison(comparison, Console())
+    return 0
+
+
+def _print_evaluation(evaluation: "Evaluation", metrics: dict[str, Any]) -> None:
+    console = Console()
+    summary = Table("measure", "value")
+    for name, value in metrics.items():
+        summary.add_row(name, "-" if value is None else f"{value:.4f}")
+    console.print(summary)
+    rows = evaluation.per_class()
+    table = Table(*rows[0])
+    for row in rows:
+        cells = ("-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values())
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    for name, reason in evaluation.broken:
+        console.print(f"skipped {name}: {reason}", markup=False)
