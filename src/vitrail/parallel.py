@@ -1,9 +1,10 @@
 """Processes, devices and precision. One process by default; several under torchrun."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -52,8 +53,20 @@ def processes() -> Iterator[torch.device]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
+        dist.barrier()  # nobody leaves while the first process still writes
     finally:
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that torchrun started, at once and with an exit code.
+
+    DistributedDataParallel keeps its process group, and with it gloo's threads, beyond `destroy_process_group`
+    (torch 2.13). Python taking itself down under them ends now and then in SIGABRT, after all work is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def pick_precision(wanted: str, device: torch.device) -> Precision:
