@@ -65,7 +65,7 @@ def patch_rollout(model: ImageModel, images: Float[Tensor, "b c h w"]) -> Float[
     """
     vit = _as_vit(model)
     tokens = rollout(vit.attention(images), pooling_weights(vit, images))
-    rows, columns = (side // patch for side, patch in zip(images.shape[2:], vit.config.patch_size, strict=True))
+    rows, columns = vit.config.grid_at((images.shape[2], images.shape[3]))
     patches = rearrange(tokens[:, -rows * columns :], "b (h w) -> b h w", h=rows)
     return patches / patches.sum(dim=(1, 2), keepdim=True)
 
@@ -111,7 +111,7 @@ def position_similarity(model: ImageModel) -> Float[Tensor, "rows columns rows c
 
 @torch.no_grad()
 def patch_filters(model: ImageModel, count: int = 28) -> Float[Tensor, "k c h w"]:
-    """Return the leading principal components of the patch embedding's filters (ViT paper, figure 7 left).
+    """Return the leading principal components of the filters that read the picture (ViT paper, figure 7 left).
 
     Each has norm 1 and the sign that makes its largest weight positive. There are at most as many as a patch has
     values, and as the model is wide.
@@ -119,7 +119,7 @@ def patch_filters(model: ImageModel, count: int = 28) -> Float[Tensor, "k c h w"
     Raises:
         UserError: When the model is not a ViT.
     """
-    kernels = _as_vit(model).patch_embed.weight.float()
+    kernels = _as_vit(model).state_dict()[model.input_kernel].float()
     flat = rearrange(kernels, "d c h w -> d (c h w)")
     components = torch.linalg.svd(flat - flat.mean(dim=0), full_matrices=False).Vh[:count]
     largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))

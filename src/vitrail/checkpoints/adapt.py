@@ -102,7 +102,7 @@ def adapt(
     if target.image_size != config.image_size:
         model.resize_tables(state, target.image_size, position_resize or "official")
     if target.channels != config.channels:
-        _change_channels(state, model.input_kernel, config.channels, target.channels)
+        _change_channels(state, model, target.channels)
         preprocessing = replace(preprocessing, mean=_grey(preprocessing.mean), std=_grey(preprocessing.std))
     preprocessing = replace(preprocessing, image_size=target.image_size, channels=target.channels)
 
@@ -117,11 +117,17 @@ def adapt(
     return _described(adapted, preprocessing, names, model.multi_label and same_head)
 
 
-def _change_channels(state: dict[str, Tensor], name: str, old: int, new: int) -> None:
-    if (old, new) == (3, 1):
+def _change_channels(state: dict[str, Tensor], model: ImageModel, new: int) -> None:
+    name, old = model.input_kernel, model.config.channels
+    if (old, new) == (3, 1) and model.input_kernel_sums:
         state[name] = state[name].sum(dim=1, keepdim=True)
     elif (old, new) == (1, 3):
         state[name] = (state[name] / 3).repeat(1, 3, 1, 1)
+    elif (old, new) == (3, 1):
+        raise UserError(
+            "this model standardises its first filters, so they cannot be summed to one channel. "
+            "Keep channels=3: grey pictures are then read as colour."
+        )
     else:
         raise UserError(
             f"weights for {old} channels cannot be adapted to {new}, only 3 to 1 and 1 to 3. "

@@ -28,8 +28,8 @@ class Hints:
 
     image_size: tuple[int, int] | None = None
     """Height and width in pixels that position tables are made for."""
-    heads: int | None = None
-    """Attention heads."""
+    heads: int | tuple[int, ...] | None = None
+    """Attention heads, of each stage where a family has several."""
 
 
 NO_HINTS = Hints()
@@ -151,7 +151,7 @@ def write_rows(rows: Iterable[Row], depth: int, heads: int, state: Mapping[str, 
         tensor = state[row.ours].detach().cpu()
         ours = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         for name, array in zip(row.theirs, row.layout.write(ours, len(row.theirs), heads), strict=True):
-            arrays[name] = np.ascontiguousarray(array)
+            arrays[name] = np.asarray(array, order="C")  # ascontiguousarray would give a counter an axis
     return arrays
 
 

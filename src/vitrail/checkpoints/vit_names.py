@@ -6,13 +6,13 @@ What came out over the years is brought to one form first, then one table reads 
 - blocks one by one, or stacked along a leading axis (big_vision, scan);
 - the position table in one of three places, with or without a row for the class token, or none (sin-cos);
 - attention pooling under `MAPHead_0`, or at the top level (early ViT-G);
+- scales and biases of a hybrid's GroupNorm as vectors, or with three axes of one before (published);
 - everything under `params/`, `params/img/` (image tower) or `opt/target/` (optimizer dump).
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isqrt
 from typing import final
 
 import numpy as np
@@ -28,14 +28,16 @@ from vitrail.checkpoints.names import (
     TO_HEADS,
     Arrays,
     Hints,
+    Layout,
     NameTable,
     Row,
     read_rows,
     write_rows,
 )
+from vitrail.checkpoints.vit_shapes import Shapes, depth_of, positions_of, stages_of
 from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Fit, Preprocessing
-from vitrail.config.vit import Pool, Positions, ViTConfig
+from vitrail.config.vit import Pool, Positions, ResNetStem, ViTConfig
 from vitrail.errors import UserError
 from vitrail.models.base import ImageModel
 
@@ -57,6 +59,12 @@ PREFIXES = (
 )
 """Where weights lie in big_vision's files, and what else may lie beside them. The first prefix that occurs counts."""
 
+CHANNELS = Layout(
+    lambda theirs: theirs[0].reshape(theirs[0].shape[-1:]) if theirs[0].ndim == 4 else theirs[0],
+    lambda ours, parts, heads: [ours],
+)
+"""A number per channel: written as a vector, read with axes of one for the other sides too."""
+
 
 def _layer(ours: str, theirs: str) -> list[Row]:
     return [Row(f"{ours}.weight", (f"{theirs}/kernel",), DENSE), Row(f"{ours}.bias", (f"{theirs}/bias",))]
@@ -77,10 +85,31 @@ def _out(ours: str, theirs: str) -> list[Row]:
     return [Row(f"{ours}.weight", (f"{theirs}/kernel",), FROM_HEADS), Row(f"{ours}.bias", (f"{theirs}/bias",))]
 
 
+def _std_conv(ours: str, theirs: str, part: str, their_part: str) -> list[Row]:
+    """Return rows for a convolution without bias and the GroupNorm after it."""
+    return [
+        Row(f"{ours}conv{part}.weight", (f"{theirs}conv{their_part}/kernel",), CONV),
+        Row(f"{ours}norm{part}.weight", (f"{theirs}gn{their_part}/scale",), CHANNELS),
+        Row(f"{ours}norm{part}.bias", (f"{theirs}gn{their_part}/bias",), CHANNELS),
+    ]
+
+
+def stem_rows(stem: ResNetStem) -> list[Row]:
+    """Return the name table of a hybrid's ResNet."""
+    rows = _std_conv("stem.", "", "", "_root")
+    for stage, units in enumerate(stem.blocks):
+        for unit in range(units):
+            ours, theirs = f"stem.stages.{stage}.{unit}.", f"block{stage + 1}/unit{unit + 1}/"
+            for part in ("1", "2", "3", "_proj") if unit == 0 else ("1", "2", "3"):
+                rows += _std_conv(ours, theirs, part, part)
+    return rows
+
+
 def vit_rows(config: ViTConfig) -> list[Row]:
     """Return the name table of a Vision Transformer, in the one form that all files are brought to."""
     pool = "MAPHead_0"
-    rows = [Row("patch_embed.weight", ("embedding/kernel",), CONV), Row("patch_embed.bias", ("embedding/bias",))]
+    rows = [] if config.stem is None else stem_rows(config.stem)
+    rows += [Row("patch_embed.weight", ("embedding/kernel",), CONV), Row("patch_embed.bias", ("embedding/bias",))]
     if config.pool == "token":
         rows.append(Row("class_token", ("cls",)))
     if config.positions != "sincos":
@@ -126,23 +155,28 @@ class OfficialViT(NameTable):
     """What the code evaluates: `squash` (vision_transformer's fine-tuning) or `crop` (big_vision's `resize_small`)."""
 
     def claims(self, arrays: Arrays) -> bool:
-        return "embedding/kernel" in _without_prefix(arrays) and official_table(arrays) is self
+        plain = _without_prefix(arrays)
+        blocks = any(name.startswith("Transformer/encoderblock") for name in plain)
+        return "embedding/kernel" in plain and blocks and official_table(arrays) is self
 
     def to_ours(
         self, arrays: Arrays, *, hints: Hints = NO_HINTS, source: str = "this file"
     ) -> tuple[ModelConfig, dict[str, Tensor]]:
         plain = _one_form(arrays, source)
-        config = _read_config(plain, hints.image_size, source)
+        config = _read_config(plain, hints, source)
         return config, read_rows(vit_rows(config), config.depth, plain, source)
 
     def from_ours(self, model: ImageModel) -> dict[str, np.ndarray]:
         config = model.config
+        assert isinstance(config, ViTConfig)
         kind = (config.pool, config.positions)
         if self.holds is not None and kind not in self.holds:
             raise UserError(
                 f"the names {self.name!r} have no place for pool {kind[0]!r} with positions {kind[1]!r}; "
                 "use names='big-vision'."
             )
+        if config.stem is not None and self.prefix:
+            raise UserError(f"the names {self.name!r} have no place for a ResNet stem; use names='vit'.")
         arrays = write_rows(vit_rows(config), config.depth, config.heads, model.state_dict())
         return {self.prefix + self._written(name, config): array for name, array in arrays.items()}
 
@@ -184,8 +218,6 @@ def _one_form(arrays: Arrays, source: str) -> dict[str, np.ndarray]:
             plain |= {f"{match[1]}_{block}/{match[2]}": part for block, part in enumerate(array)}
         else:
             plain[name] = array
-    if any(name.startswith("conv_root") for name in plain):
-        raise UserError(f"{source} is a hybrid (conv_root). ResNet stems are not supported yet.")
     renamed = {_renamed(name, inlined="probe" in plain): array for name, array in plain.items()}
     if len(renamed) < len(plain):
         raise UserError(f"{source} holds the same array under two of the official names; it is not clear which counts.")
@@ -214,65 +246,38 @@ def _renamed(name: str, inlined: bool) -> str:
     return name
 
 
-def _read_config(arrays: Mapping[str, np.ndarray], image_size: tuple[int, int] | None, source: str) -> ViTConfig:
+def _read_config(arrays: Mapping[str, np.ndarray], hints: Hints, source: str) -> ViTConfig:
     """Read the configuration off the arrays' names and shapes."""
-
-    def shape(name: str, axes: int) -> tuple[int, ...]:
-        if name not in arrays:
-            raise UserError(
-                f"{source} has no array {name!r}: it is not one of the official ViT files that vitrail knows."
-            )
-        if arrays[name].ndim != axes or 0 in arrays[name].shape:
-            raise UserError(f"{source}: {name} cannot have the shape {arrays[name].shape}.")
-        return arrays[name].shape
-
-    *patch, channels, width = shape("embedding/kernel", 4)
-    numbers = {int(m[1]) for name in arrays if (m := re.match(r"Transformer/encoderblock_(\d+)/", name))}
+    shapes = Shapes(arrays, source, "official ViT")
+    *patch, channels, width = shapes.of("embedding/kernel", 4)
+    patch_size, stem = (patch[0], patch[1]), None
+    if "conv_root/kernel" in arrays:
+        *_, channels, root = shapes.of("conv_root/kernel", 4)
+        stem = ResNetStem(blocks=stages_of(arrays, r"block(\d+)/unit(\d+)/"), width=root)
     first = BLOCK.format(0)
-    _, heads, head_width = shape(f"{first}/{ATTENTION}/query/kernel", 3)
+    _, heads, head_width = shapes.of(f"{first}/{ATTENTION}/query/kernel", 3)
     if heads * head_width != width:
         raise UserError(
             f"{source}: {heads} heads of {head_width} do not make up the width {width}; vitrail needs that."
         )
     token, pooling = "cls" in arrays, "MAPHead_0/probe" in arrays
-    positions, grid = _read_positions(arrays, (patch[0], patch[1]), token, image_size, source)
+    if POSITIONS[0] in arrays:
+        class_rows = (1, 0) if token else (0,)
+        positions, image_size = positions_of(shapes, POSITIONS[0], patch_size, stem, class_rows, hints)
+    else:
+        positions, image_size = "sincos", hints.image_size or (max(224, patch[0]), max(224, patch[1]))
     return ViTConfig(
-        image_size=(grid[0] * patch[0], grid[1] * patch[1]),
-        patch_size=(patch[0], patch[1]),
+        image_size=image_size,
+        patch_size=patch_size,
+        stem=stem,
         channels=channels,
-        num_classes=shape("head/bias", 1)[0] if "head/bias" in arrays else 0,
+        num_classes=shapes.leading("head/bias", 1),
         width=width,
-        depth=len(numbers),
-        mlp_dim=shape(f"{first}/MlpBlock_0/Dense_0/kernel", 2)[1],
+        depth=depth_of(arrays, r"Transformer/encoderblock_(\d+)/"),
+        mlp_dim=shapes.of(f"{first}/MlpBlock_0/Dense_0/kernel", 2)[1],
         heads=heads,
         pool="map" if pooling else "token" if token else "gap",
         positions=positions,
-        pre_logits=shape("pre_logits/bias", 1)[0] if "pre_logits/bias" in arrays else 0,
+        pre_logits=shapes.leading("pre_logits/bias", 1),
         qkv_bias=f"{first}/{ATTENTION}/query/bias" in arrays,
-    )
-
-
-def _read_positions(
-    arrays: Mapping[str, np.ndarray],
-    patch: tuple[int, int],
-    token: bool,
-    image_size: tuple[int, int] | None,
-    source: str,
-) -> tuple[Positions, tuple[int, int]]:
-    """Return the kind of positions and the grid they are for: the square one, else that of `image_size`."""
-    if POSITIONS[0] not in arrays:
-        height, width = image_size or (224, 224)
-        return "sincos", (max(height // patch[0], 1), max(width // patch[1], 1))
-    table = arrays[POSITIONS[0]]
-    rows = table.shape[1] if table.ndim == 3 else 0
-    grids = [(isqrt(rows - class_row), isqrt(rows - class_row), class_row) for class_row in (0, 1) if rows > class_row]
-    if image_size is not None:
-        asked = image_size[0] // patch[0], image_size[1] // patch[1]
-        grids += [(*asked, class_row) for class_row in (0, 1)]
-    for height, width, class_row in grids:
-        if height * width + class_row == rows and height * width > 0 and (token or not class_row):
-            return "learned" if class_row else "learned-patches", (height, width)
-    raise UserError(
-        f"{source} has positions of the shape {table.shape}, which is not a square grid; "
-        "say which picture size they are for, as image_size=(height, width)."
     )

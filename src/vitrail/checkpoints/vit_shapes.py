@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from math import isqrt
 
 from vitrail.checkpoints.names import Arrays, Hints
-from vitrail.config.vit import VIT_SIZES, Positions
+from vitrail.config.vit import VIT_SIZES, Positions, ResNetStem, grid_of
 from vitrail.errors import UserError
 
-_HEADS = {(width, depth, mlp_dim): heads for width, depth, mlp_dim, heads in VIT_SIZES.values()}
+_SIGLIP = ((1152, 27, 4304, 16), (1536, 40, 6144, 16))  # timm's so400m and giantopt
+_HEADS = {(width, depth, mlp_dim): heads for width, depth, mlp_dim, heads in (*VIT_SIZES.values(), *_SIGLIP)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ def heads_of(width: int, depth: int, mlp_dim: int, hints: Hints, source: str) ->
     Raises:
         UserError: When it must be said.
     """
-    heads = hints.heads or _HEADS.get((width, depth, mlp_dim)) or (0 if width % 64 else width // 64)
+    said = hints.heads if isinstance(hints.heads, int) else None
+    heads = said or _HEADS.get((width, depth, mlp_dim)) or (0 if width % 64 else width // 64)
     if not heads:
         raise UserError(
             f"{source} does not tell the number of its attention heads (the width {width} is not a multiple of 64); "
@@ -68,7 +70,12 @@ def heads_of(width: int, depth: int, mlp_dim: int, hints: Hints, source: str) ->
 
 
 def positions_of(
-    shapes: Shapes, name: str, cell: tuple[int, int], class_rows: tuple[int, ...], hints: Hints
+    shapes: Shapes,
+    name: str,
+    patch: tuple[int, int],
+    stem: ResNetStem | None,
+    class_rows: tuple[int, ...],
+    hints: Hints,
 ) -> tuple[Positions, tuple[int, int]]:
     """Return the kind of a position table and the picture size it is for.
 
@@ -77,8 +84,9 @@ def positions_of(
     Args:
         shapes: Of the file.
         name: Of the table.
-        cell: Height and width of a position in pixels.
-        class_rows: Numbers of rows that may stand for the class token: 0 or 1.
+        patch: Height and width of a patch.
+        stem: What comes before the patches.
+        class_rows: Numbers of rows that may stand for the class token, 0 or 1, the likelier first.
         hints: With the picture size of a table that is not square.
 
     Raises:
@@ -86,13 +94,16 @@ def positions_of(
     """
     table = shapes.arrays[name]
     rows = table.shape[1] if table.ndim == 3 else 0
-    grids = [(isqrt(rows - row), isqrt(rows - row), row) for row in class_rows if rows > row]
-    if hints.image_size is not None:
-        asked = hints.image_size[0] // cell[0], hints.image_size[1] // cell[1]
-        grids += [(*asked, row) for row in class_rows]
+    grids: list[tuple[int, int, int]] = []
+    for row in class_rows:
+        side = isqrt(max(rows - row, 0))
+        grids.append((side, side, row))
+        if hints.image_size is not None:
+            grids.append((*grid_of(hints.image_size, patch, stem), row))
+    stride = 1 if stem is None else stem.stride
     for height, width, row in grids:
         if height * width + row == rows and height * width > 0:
-            return "learned" if row else "learned-patches", (height * cell[0], width * cell[1])
+            return "learned" if row else "learned-patches", (height * patch[0] * stride, width * patch[1] * stride)
     raise UserError(
         f"{shapes.source} has positions of the shape {table.shape}, which is not a square grid; "
         "say which picture size they are for, as image_size=(height, width)."

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from vitrail.checkpoints.assemble import empty_model
 from vitrail.checkpoints.folder import read_config
@@ -17,7 +17,6 @@ from vitrail.errors import UserError
 from vitrail.metrics import judged_by, score
 from vitrail.training.folder import RunFolder
 
-T = TypeVar("T")
 Points = list[tuple[int, float]]
 
 # What may vary while a model is still the published size: the data and the training decide these.
@@ -170,7 +169,7 @@ def _read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _parsed(kind: type[T], value: object, file: Path) -> T:
+def _parsed(kind: object, value: object, file: Path) -> Any:
     try:
         return from_json(kind, value)
     except UserError as problem:
@@ -230,7 +229,7 @@ def _describe(config: ModelConfig) -> str:
             return f"{name} at {size}"
     family = type(config).__name__.removesuffix("Config")
     if isinstance(config, ViTConfig):
-        patch = "x".join(map(str, config.patch_size))
+        patch = "x".join(map(str, config.cell))
         return f"{family} {patch}, width {config.width}, depth {config.depth}, at {size}"
     return f"{family} of no published size, at {size}"
 

@@ -13,13 +13,47 @@ Gelu = Literal["tanh", "erf", "quick"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ResNetStem:
+    """ResNet whose features are a hybrid's patches (ViT paper, section 3.1; vision_transformer `models_resnet.py`)."""
+
+    blocks: tuple[int, ...] = ()
+    """Bottlenecks in each stage; none leaves the root alone, a convolution and a pool."""
+    width: int = 64
+    """Channels of the root; the stages give 4, 8, 16, ... times as many."""
+
+    def __post_init__(self) -> None:
+        require_least(self, blocks=1, width=32)
+        if self.width % 32:
+            raise UserError(f"width of the stem must be a multiple of the 32 groups of its norms, not {self.width}.")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the features."""
+        return 4 * self.width * 2 ** (len(self.blocks) - 1) if self.blocks else self.width
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one feature to the next."""
+        return 4 * 2 ** max(len(self.blocks) - 1, 0)
+
+
+def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int], stem: ResNetStem | None) -> tuple[int, int]:
+    """Return rows and columns of patches. A stem rounds the picture's sides up, patches round its features' down."""
+    stride = 1 if stem is None else stem.stride
+    rows, columns = (-(-side // stride) // patch for side, patch in zip(image_size, patch_size, strict=True))
+    return rows, columns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ViTConfig:
     """Vision Transformer (Dosovitskiy et al., 2021, arXiv 2010.11929, section 3.1; big_vision's variants)."""
 
     image_size: tuple[int, int] = (224, 224)
     """Height and width in pixels that the position table is made for; any other size still works."""
     patch_size: tuple[int, int] = (16, 16)
-    """Height and width of a patch in pixels."""
+    """Height and width of a patch: in pixels, or in features of the stem."""
+    stem: ResNetStem | None = None
+    """ResNet that reads the picture first, of hybrids; None cuts patches from the picture itself."""
     channels: int = 3
     """Channels of a picture: 3 for RGB, 1 for grey."""
     num_classes: int = 1000
@@ -62,13 +96,23 @@ class ViTConfig:
         if self.positions == "learned" and self.pool != "token":
             # Official tables of models without a class token hold patches only.
             object.__setattr__(self, "positions", "learned-patches")
-        if self.image_size[0] < self.patch_size[0] or self.image_size[1] < self.patch_size[1]:
-            raise UserError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size}.")
+        if min(self.grid) < 1:
+            raise UserError(f"image_size {self.image_size} is smaller than one patch, {self.cell} pixels.")
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches at `image_size`."""
-        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+        return self.grid_at(self.image_size)
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Height and width in pixels that one patch stands for."""
+        stride = 1 if self.stem is None else self.stem.stride
+        return self.patch_size[0] * stride, self.patch_size[1] * stride
+
+    def grid_at(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Return rows and columns of patches of a picture of any size."""
+        return grid_of(image_size, self.patch_size, self.stem)
 
 
 # Sizes as (width, depth, mlp_dim, heads). Ti, S: DeiT (arXiv 2012.12877); B, L, H: ViT paper, table 1;
@@ -81,6 +125,17 @@ VIT_SIZES: dict[str, tuple[int, int, int, int]] = {
     "h": (1280, 32, 5120, 16),
     "giant": (1408, 40, 6144, 16),
     "gigantic": (1664, 48, 8192, 16),
+}
+
+
+# Hybrids as (size, patch on the features, bottlenecks per stage): vision_transformer `configs/models.py`. The R50 in
+# front of B/16 has 9 bottlenecks in its third stage and no fourth; R+Ti/16 has patches of 32 pixels, despite its name.
+VIT_HYBRIDS: dict[str, tuple[str, int, tuple[int, ...]]] = {
+    "vit-r-ti16": ("ti", 8, ()),
+    "vit-r26-s32": ("s", 1, (2, 2, 2, 2)),
+    "vit-r26-b32": ("b", 1, (2, 2, 2, 2)),
+    "vit-r50-b16": ("b", 1, (3, 4, 9)),
+    "vit-r50-l32": ("l", 1, (3, 4, 6, 3)),
 }
 
 
@@ -108,6 +163,10 @@ VITS: dict[str, ViTConfig] = {
     },
     # Semantic softmax weights were trained in timm (exact GELU) without query, key, value biases.
     "vit-b16-21kp": replace(vit_config("b", 16), qkv_bias=False, gelu="erf", num_classes=11221),
+    **{
+        name: replace(vit_config(size, patch), stem=ResNetStem(blocks=blocks))
+        for name, (size, patch, blocks) in VIT_HYBRIDS.items()
+    },
     "vit-giant14": vit_config("giant", 14),
     "vit-gigantic14": vit_config("gigantic", 14),
 }

@@ -40,5 +40,6 @@ def resize_positions(
         "timm": {"mode": "bicubic", "align_corners": False, "antialias": True},
         "hf": {"mode": "bicubic", "align_corners": False},
     }[method]
-    grid = rearrange(table, "1 (h w) d -> 1 d h w", h=old[0]).float()
+    # contiguous: torch's antialiased bicubic errs on a column of one, seen through other strides
+    grid = rearrange(table, "1 (h w) d -> 1 d h w", h=old[0]).float().contiguous()
     return rearrange(F.interpolate(grid, size=new, **options), "1 d h w -> 1 (h w) d").to(table.dtype)

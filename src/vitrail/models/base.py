@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import ClassVar, Generic, NamedTuple
+from typing import Generic, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -38,8 +38,10 @@ class ImageModel(nn.Module, ABC, Generic[Config]):
     """Class names in the order of the logits; empty when unknown."""
     multi_label: bool
     """Whether a picture may carry several labels (independent sigmoids) instead of one (softmax)."""
-    input_kernel: ClassVar[str]
+    input_kernel: str
     """State-dict name of the convolution kernel that reads the picture."""
+    input_kernel_sums = True
+    """Whether a sum of the kernel over channels reads grey as the kernel reads colour; not where it is standardised."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -1,25 +1,27 @@
 """Vision Transformer: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, arXiv 2010.11929).
 
 The figure of the paper, read from bottom to top, is `ViT.tokens`: patches, class token, positions, L blocks, norm.
+A hybrid takes its patches from the features of a ResNet (section 3.1): `stem`.
 `pool` and `positions` cover big_vision's variants, among them ViT-G/14 (arXiv 2106.04560) with attention pooling.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar, final
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from vitrail.config.vit import ViTConfig
 from vitrail.layers.attention import Attention, AttentionPool
 from vitrail.layers.embedding import PositionResize, resize_positions, sincos_positions
 from vitrail.layers.feedforward import FeedForward
+from vitrail.layers.initial import lecun_normal
 from vitrail.layers.residual import DropPath
-from vitrail.models.base import ImageModel
+from vitrail.layers.resnet import ResNet
+from vitrail.models.base import ImageModel, WithLoss
 
 
 class Block(nn.Module):
@@ -45,16 +47,23 @@ class Block(nn.Module):
         self.mlp.init_weights()
 
 
-@final
-class ViT(ImageModel[ViTConfig]):
-    """Vision Transformer of any size, patch, pooling and picture size."""
+Config = TypeVar("Config", bound=ViTConfig, default=ViTConfig, covariant=True)
 
-    input_kernel: ClassVar[str] = "patch_embed.weight"
 
-    def __init__(self, config: ViTConfig) -> None:
+class ViT(ImageModel[Config]):
+    """Vision Transformer of any size, patch, stem, pooling and picture size."""
+
+    input_kernel = "patch_embed.weight"
+
+    def __init__(self, config: Config) -> None:
         super().__init__(config)
         width, rows = config.width, config.grid[0] * config.grid[1]
-        self.patch_embed = nn.Conv2d(config.channels, width, config.patch_size, stride=config.patch_size)
+        self.stem, entering = None, config.channels
+        if config.stem is not None:
+            self.input_kernel, self.input_kernel_sums = "stem.conv.weight", False
+            self.stem = ResNet(config.channels, config.stem.width, config.stem.blocks)
+            entering = config.stem.channels
+        self.patch_embed = nn.Conv2d(entering, width, config.patch_size, stride=config.patch_size)
         self.class_token = nn.Parameter(torch.empty(1, 1, width)) if config.pool == "token" else None
         if config.positions == "sincos":
             self.positions = None
@@ -72,12 +81,15 @@ class ViT(ImageModel[ViTConfig]):
         self.pre_logits = nn.Linear(width, config.pre_logits) if config.pre_logits else None
         self.head = nn.Linear(config.pre_logits or width, config.num_classes) if config.num_classes else None
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Tensor | WithLoss:
         features = self.features(images)
         return features if self.head is None else self.head(features)
 
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        tokens = self.tokens(images)
+        return self.pooled(self.tokens(images))
+
+    def pooled(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b width"]:
+        """Return the vector that the head classifies, from the encoder's output."""
         if self.attention_pool is not None:
             pooled = self.attention_pool(tokens)
         else:
@@ -92,7 +104,7 @@ class ViT(ImageModel[ViTConfig]):
         return self.norm(x)
 
     def feature_map(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
-        rows, columns = (side // patch for side, patch in zip(images.shape[2:], self.config.patch_size, strict=True))
+        rows, columns = self.config.grid_at((images.shape[2], images.shape[3]))
         return rearrange(self.tokens(images)[:, -rows * columns :], "b (h w) d -> b d h w", h=rows)
 
     def attention(self, images: Float[Tensor, "b c h w"]) -> Iterator[Float[Tensor, "b heads n n"]]:
@@ -103,14 +115,14 @@ class ViT(ImageModel[ViTConfig]):
 
     def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         """Return patches with class token and positions: what enters the first block (equation 1)."""
-        patches = self.patch_embed(images)
+        patches = self.patch_embed(images if self.stem is None else self.stem(images))
         grid = (patches.shape[2], patches.shape[3])
         x = rearrange(patches, "b d h w -> b (h w) d")
         class_row, patch_rows = self.position_rows(grid)
         x = x + patch_rows.to(x.dtype)
         if self.class_token is not None:
             token = self.class_token if class_row is None else self.class_token + class_row
-            x = torch.cat([token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         return self.dropout(x)
 
     def position_rows(self, grid: tuple[int, int]) -> tuple[Float[Tensor, "1 1 d"] | None, Float[Tensor, "1 n d"]]:
@@ -129,7 +141,7 @@ class ViT(ImageModel[ViTConfig]):
         root, *rest = name.split(".")
         if root == "encoder":
             return int(rest[0]) + 1
-        return 0 if root in ("patch_embed", "class_token", "positions") else self.config.depth + 1
+        return 0 if root in ("stem", "patch_embed", "class_token", "positions") else self.config.depth + 1
 
     def with_classes(self, num_classes: int) -> ViTConfig:
         """Return the configuration with a fresh head, which stands in for pre-logits too (ViT paper, section 3.2)."""
@@ -139,7 +151,7 @@ class ViT(ImageModel[ViTConfig]):
         if self.config.positions == "sincos":
             return
         class_rows = 1 if self.config.positions == "learned" else 0
-        rows, grid = state["positions"], replace(self.config, image_size=image_size).grid
+        rows, grid = state["positions"], self.config.grid_at(image_size)
         resized = resize_positions(rows[:, class_rows:], self.config.grid, grid, method)
         state["positions"] = torch.cat([rows[:, :class_rows], resized], dim=1)
 
@@ -149,6 +161,7 @@ class ViT(ImageModel[ViTConfig]):
 
         | parameter | value |
         |---|---|
+        | stem | see `ResNet` |
         | patch embedding | LeCun normal; bias 0 |
         | class token | 0 |
         | positions | N(0, 0.02); big_vision's tables without a class row: N(0, 1 / sqrt(width)) |
@@ -157,7 +170,9 @@ class ViT(ImageModel[ViTConfig]):
         | head | 0; bias `head_bias` |
         """
         config = self.config
-        _lecun_normal(self.patch_embed)
+        if self.stem is not None:
+            self.stem.init_weights()
+        lecun_normal(self.patch_embed)
         if self.class_token is not None:
             nn.init.zeros_(self.class_token)
         if self.positions is not None:
@@ -168,17 +183,7 @@ class ViT(ImageModel[ViTConfig]):
         if self.attention_pool is not None:
             self.attention_pool.init_weights()
         if self.pre_logits is not None:
-            _lecun_normal(self.pre_logits)
+            lecun_normal(self.pre_logits)
         if self.head is not None:
             nn.init.zeros_(self.head.weight)
             nn.init.constant_(self.head.bias, config.head_bias)
-
-
-def _lecun_normal(layer: nn.Conv2d | nn.Linear) -> None:
-    """Truncated normal at two deviations with variance 1 / fan-in, as flax draws it; bias 0."""
-    fan_in = layer.weight[0].numel()
-    # 0.8796...: deviation of a unit normal truncated at 2
-    std = math.sqrt(1.0 / fan_in) / 0.87962566103423978
-    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)

@@ -54,9 +54,7 @@ def _overlay(answer: Answer, source: Source, model: ViT) -> dict[str, Any]:
 
 def _mean_distance(sample: list[Answer], source: Source, model: ViT) -> Float[Tensor, "layers heads"]:
     """One picture at a time: the attention of a large model to several may not fit into memory."""
-    patch = model.config.patch_size
-    size = model.preprocessing.image_size
-    grid = size[0] // patch[0], size[1] // patch[1]
+    patch, grid = model.config.cell, model.config.grid_at(model.preprocessing.image_size)
     distances = [
         attention_distance(model.attention(_input(answer, source, model)), grid, patch) for answer in sample
     ]
@@ -73,4 +71,4 @@ def _distance_chart(distance: Float[Tensor, "layers heads"], model: ViT) -> str:
 
 def _input(answer: Answer, source: Source, model: ViT) -> Float[Tensor, "1 c h w"]:
     view = evaluation_view(source.load(answer.index), model.preprocessing)
-    return view[None].to(model.patch_embed.weight.device)
+    return view[None].to(next(model.parameters()).device)
