@@ -139,7 +139,8 @@ class CoAtNet(ImageModel[CoAtNetConfig]):
         return torch.tanh(self.pre_logits(self.norm(pooled)))
 
     def feature_map(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
-        x = self.stem(images)
+        # convolutions are faster where channels lie last
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))
         for block in self.blocks():
             x = block(x)
         return x
