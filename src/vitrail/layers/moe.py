@@ -1,0 +1,284 @@
+"""Sparse mixture of experts (Riquelme et al., 2021, arXiv 2106.05974, section 2; vmoe `nn/routing.py`, `moe.py`).
+
+A router picks k of E feed-forward networks for each token. Experts work side by side, on buffers of fixed size that
+tokens are written to and read from by index, so that the device never waits for the host to count tokens.
+
+Axes: `g` groups of tokens that compete for places, `s` tokens of a group, `k` choices of a token, `e` experts;
+`blocks` and `rows` of the buffer that the experts read.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitrail.config.vit_moe import ViTMoEConfig
+from vitrail.layers.feedforward import Gelu
+from vitrail.layers.initial import lecun_normal
+
+PICTURES_PER_GROUP = 8
+"""While training, as in the paper's configurations (vmoe `configs/vmoe_paper/common.py`)."""
+ROOM = 2
+"""Rows of a block, relative to an even spread, where no choice is turned away."""
+
+
+class Routing(NamedTuple):
+    """Where a mixture sent its tokens, and how evenly."""
+
+    experts: Int[Tensor, "b n k"]
+    """The experts that each token chose, the first choice first."""
+    gates: Float[Tensor, "b n k"]
+    """Their weights: softmax over all experts, so that they do not sum to 1 over the chosen."""
+    kept: Bool[Tensor, "b n k"]
+    """Whether the expert had a place; what it had none for is left out of the sum."""
+    importance: Float[Tensor, " g"]
+    """Squared coefficient of variation of the sums of gates over the experts, per group."""
+    load: Float[Tensor, " g"]
+    """That of the expected numbers of tokens, which only noise makes smooth: 0 in evaluation."""
+
+
+class Seats(NamedTuple):
+    """Which row of the experts' buffer each choice has."""
+
+    row: Int[Tensor, "g s k"]
+    """Row in the buffer; one past the last for choices that have none."""
+    blocks: int
+    """Parts of the buffer, each for one expert."""
+    rows: int
+    """Rows in a block."""
+    more: Int[Tensor, " more"] | None
+    """Each expert has a block, in order; these have further ones."""
+
+
+class MixtureOfExperts(nn.Module):
+    """A feed-forward network for each expert, of which each token takes the k that the router weighs most.
+
+    In evaluation there is a place for every token, unless the configuration says `capacity_factor`.
+    """
+
+    def __init__(self, config: ViTMoEConfig) -> None:
+        super().__init__()
+        self.router = Router(config.width, config.experts, config.experts_per_token, config.noise_std)
+        self.experts = Experts(config)
+        self.capacity_factor = config.capacity_factor
+        self.train_capacity_factor = config.train_capacity_factor
+        self.batch_priority = config.batch_priority
+        self.group_size = config.group_size
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> tuple[Float[Tensor, "b n d"], Routing]:
+        tokens, filling = self._grouped(x)
+        experts, gates, importance, load = self.router(tokens, filling)
+        seats = self._seats(experts, gates)
+        y = self._exchange(tokens, gates, seats)
+
+        def ungrouped(grouped: Tensor) -> Tensor:
+            return grouped.flatten(0, 1)[: x.shape[0] * x.shape[1]].unflatten(0, x.shape[:2])
+
+        kept = seats.row < seats.blocks * seats.rows
+        return ungrouped(y), Routing(ungrouped(experts), ungrouped(gates), ungrouped(kept), importance, load)
+
+    def init_weights(self) -> None:
+        lecun_normal(self.router.dense)
+        self.experts.init_weights()
+
+    def _grouped(self, x: Float[Tensor, "b n d"]) -> tuple[Float[Tensor, "g s d"], Bool[Tensor, "g s"] | None]:
+        """Return tokens in groups, and which of them only fill up the last group, if any."""
+        pictures = math.gcd(x.shape[0], PICTURES_PER_GROUP) if self.training else 1
+        tokens, size = x.flatten(0, 1), self.group_size or pictures * x.shape[1]
+        count = tokens.shape[0]
+        groups = -(-count // size)
+        if groups * size == count:
+            return tokens.unflatten(0, (groups, size)), None
+        tokens = F.pad(tokens, (0, 0, 0, groups * size - count)).unflatten(0, (groups, size))
+        return tokens, torch.arange(groups * size, device=x.device).view(groups, size) >= count
+
+    def _seats(self, experts: Int[Tensor, "g s k"], gates: Float[Tensor, "g s k"]) -> Seats:
+        factor, count = self.train_capacity_factor if self.training else self.capacity_factor, self.experts.count
+        if factor is None:
+            return seats_for_all(experts, count)
+        _, size, choices = experts.shape
+        places = min(capacity(size * choices, count, factor), size)  # no token chooses an expert twice
+        return seats_by_capacity(experts, count, places, gates[:, :, 0] if self.batch_priority else None)
+
+    def _exchange(self, tokens: Float[Tensor, "g s d"], gates: Float[Tensor, "g s k"], seats: Seats) -> Tensor:
+        """Write tokens to their rows, let the experts work, and return the weighted sums of what they answer."""
+        row = seats.row.flatten()
+        copies = repeat(tokens, "g s d -> (g s k) d", k=gates.shape[-1])
+        buffer = tokens.new_zeros(seats.blocks * seats.rows + 1, tokens.shape[-1]).index_copy(0, row, copies)
+        y = self.experts(buffer[:-1].unflatten(0, (seats.blocks, seats.rows)), seats.more)
+        answers = F.pad(y.flatten(0, 1), (0, 0, 0, 1)).index_select(0, row).unflatten(0, gates.shape)
+        return (answers * gates[..., None]).sum(dim=2).to(tokens.dtype)
+
+
+class Router(nn.Module):
+    """Noisy top-k (section 2.2 and appendix A.2): a linear layer without bias weighs the experts for each token."""
+
+    def __init__(self, width: int, experts: int, choices: int, noise_std: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, experts, bias=False)
+        self.choices = choices
+        self.noise_std = noise_std / experts
+
+    def forward(
+        self, x: Float[Tensor, "g s d"], filling: Bool[Tensor, "g s"] | None = None
+    ) -> tuple[Int[Tensor, "g s k"], Float[Tensor, "g s k"], Float[Tensor, " g"], Float[Tensor, " g"]]:
+        """Return the chosen experts and their gates, then importance and load (see `Routing`).
+
+        Tokens marked as `filling` choose expert E, which is none, and count for nothing.
+        """
+        logits = self._logits(x)
+        noise = torch.randn_like(logits) * self.noise_std if self.training and self.noise_std else None
+        noisy = logits if noise is None else logits + noise
+        gates = noisy.softmax(-1)
+        experts = first_largest(gates, self.choices)
+        gates = gates.gather(-1, experts)
+
+        importance, load = logits.softmax(-1), torch.ones_like(logits)
+        if noise is not None:
+            # the chance that an expert would be among the first k, were its noise drawn again
+            threshold = noisy.gather(-1, experts[..., -1:])
+            load = torch.special.ndtr((logits - threshold) / self.noise_std)
+        if filling is not None:
+            experts = experts.masked_fill(filling[..., None], logits.shape[-1])
+            importance, load = (amount.masked_fill(filling[..., None], 0.0) for amount in (importance, load))
+        return experts, gates, imbalance(importance), imbalance(load)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Return the experts' logits in float32, in mixed precision too: rounded, they would send tokens elsewhere."""
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return F.linear(x.float(), self.dense.weight.float())
+        return F.linear(x.float(), self.dense.weight.float())
+
+
+class Experts(nn.Module):
+    """The feed-forward networks of all experts."""
+
+    def __init__(self, config: ViTMoEConfig) -> None:
+        super().__init__()
+        self.count = config.experts
+        self.up = ExpertLinear(config.experts, config.width, config.mlp_dim)
+        self.act = Gelu(config.gelu)
+        self.down = ExpertLinear(config.experts, config.mlp_dim, config.width)
+        self.dropout = nn.Dropout(config.expert_dropout)
+
+    def forward(
+        self, x: Float[Tensor, "blocks rows d"], more: Int[Tensor, " more"] | None = None
+    ) -> Float[Tensor, "blocks rows d"]:
+        """Return what each block's expert makes of it: one block of each expert, then those of the experts `more`."""
+        return self.dropout(self.down(self.dropout(self.act(self.up(x, more))), more))
+
+    def init_weights(self) -> None:
+        """All experts begin alike (vmoe `MlpMoeBlock.split_rngs`); routing tells them apart."""
+        for layer in (self.up, self.down):
+            nn.init.xavier_uniform_(layer.weight[0])
+            nn.init.normal_(layer.bias[0], std=1e-6)
+            layer.weight[1:] = layer.weight[0]
+            layer.bias[1:] = layer.bias[0]
+
+
+class ExpertLinear(nn.Module):
+    """A linear layer for each expert."""
+
+    def __init__(self, experts: int, width: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, width, out))
+        self.bias = nn.Parameter(torch.empty(experts, out))
+
+    def forward(
+        self, x: Float[Tensor, "blocks rows width"], more: Int[Tensor, " more"] | None = None
+    ) -> Float[Tensor, "blocks rows out"]:
+        y = torch.baddbmm(self.bias[:, None], x[: len(self.weight)], self.weight)
+        if more is None:
+            return y
+        weight, bias = self.weight.index_select(0, more), self.bias.index_select(0, more)
+        return torch.cat([y, torch.baddbmm(bias[:, None], x[len(self.weight) :], weight)])
+
+
+def first_largest(gates: Float[Tensor, "g s e"], count: int) -> Int[Tensor, "g s k"]:
+    """Return the experts of the `count` largest gates, the largest first; of equal ones the lower number, as in JAX.
+
+    `topk` makes no such promise, and ONNX has no stable sort.
+    """
+    left, chosen = gates.detach(), []
+    for _ in range(count):
+        chosen.append(left.argmax(dim=-1, keepdim=True))
+        left = left.scatter(-1, chosen[-1], -1.0)
+    return torch.cat(chosen, dim=-1)
+
+
+def capacity(choices: int, experts: int, factor: float) -> int:
+    """Return the places per expert for a group's choices: `factor` times an even spread, rounded up to fours.
+
+    The paper rounds to the nearest whole number (equation 3); this is what its code does (`moe.compute_capacity`).
+    """
+    return 4 * math.ceil(math.ceil(choices * factor / experts) / 4)
+
+
+def seats_by_capacity(
+    experts: Int[Tensor, "g s k"], count: int, places: int, priority: Float[Tensor, "g s"] | None = None
+) -> Seats:
+    """Seat the choices of each group until the experts are full.
+
+    All first choices come before all second ones; among them, tokens come in order, or by falling `priority` (batch
+    prioritized routing, section 4.1). A full expert turns choices away.
+
+    Args:
+        experts: Chosen experts; `count` stands for none.
+        count: Number of experts.
+        places: That each expert has for each group.
+        priority: Of the tokens.
+    """
+    groups = experts.shape[0]
+    if priority is None:
+        queue = _places_in_queue(experts, count)
+    else:
+        order = priority.argsort(dim=1, descending=True, stable=True)[..., None].expand_as(experts)
+        queue = _places_in_queue(experts.gather(1, order), count).gather(1, order.argsort(dim=1))
+    group = torch.arange(groups, device=experts.device)[:, None, None]
+    row = (experts * groups + group) * places + queue
+    seated = (queue < places) & (experts < count)
+    return Seats(row.where(seated, count * groups * places), count, groups * places, None)
+
+
+def seats_for_all(experts: Int[Tensor, "g s k"], count: int) -> Seats:
+    """Seat all choices: some in a block of each expert's own, the rest in further blocks of the experts that need them.
+
+    A block has `ROOM` times the rows of an even spread over the experts. However uneven the choices are, there are
+    fewer than `count / ROOM` further blocks, where a buffer with room for every token at every expert would have to be
+    `count` / k times as large as the choices.
+
+    Args:
+        experts: Chosen experts; `count` stands for none.
+        count: Number of experts.
+    """
+    rows = ROOM * -(-experts.numel() // count)
+    more = (count - 1) // ROOM  # as large as the sum of (n - 1) // rows over experts with n choices can be
+    queue = _places_in_queue(rearrange(experts, "g s k -> 1 (g s) k"), count).view_as(experts)
+    numbers = torch.arange(count, device=experts.device)
+    choices = (experts.flatten()[:, None] == numbers).sum(dim=0)
+    ends = ((choices - 1).clamp(min=0) // rows).cumsum(0)
+    before = F.pad(ends, (1, 0))  # the last for the expert that is none
+    block = torch.where(queue < rows, experts, count - 1 + before[experts] + queue // rows)
+    row = (block * rows + queue % rows).where(experts < count, (count + more) * rows)
+    owners = (torch.arange(more, device=experts.device)[:, None] >= ends).sum(dim=1).clamp(max=count - 1)
+    return Seats(row, count + more, rows, owners)
+
+
+def imbalance(amounts: Float[Tensor, "g s e"]) -> Float[Tensor, " g"]:
+    """Return the squared coefficient of variation over experts of the sums over tokens (appendix A.2)."""
+    total = amounts.sum(dim=1)
+    return total.var(dim=-1, correction=0) / total.mean(dim=-1).square()
+
+
+def _places_in_queue(experts: Int[Tensor, "g s k"], count: int) -> Int[Tensor, "g s k"]:
+    """Return how many choices of the same group and expert come before each: earlier choices, then earlier tokens."""
+    queue = rearrange(experts, "g s k -> g (k s) 1")
+    joins = queue == torch.arange(count + 1, device=experts.device)
+    place = joins.cumsum(dim=1).gather(2, queue) - 1
+    return rearrange(place, "g (k s) 1 -> g s k", k=experts.shape[-1])
