@@ -172,8 +172,16 @@ def test_a_config_from_an_older_version_takes_defaults(folder: Path) -> None:
         ('{"format": "1"}', "not written by vitrail"),
         ('{"format": 1}', "lacks 'model'"),
         ('{"format": 1, "model": {}, "preprocessing": {}, "labels": [1], "multi_label": false}', "list of names"),
-        ('{"format": 1, "model": {"depht": 2}, "preprocessing": {}, "labels": [], "multi_label": false}', "'depth'"),
-        ('{"format": 1, "model": {"heads": 7}, "preprocessing": {}, "labels": [], "multi_label": false}', "heads 7"),
+        (
+            '{"format": 1, "model": {"type": "ViTConfig", "depht": 2}, "preprocessing": {}, "labels": [], '
+            '"multi_label": false}',
+            "'depth'",
+        ),
+        (
+            '{"format": 1, "model": {"type": "ViTConfig", "heads": 7}, "preprocessing": {}, "labels": [], '
+            '"multi_label": false}',
+            "heads 7",
+        ),
     ],
 )
 def test_a_wrong_config_is_refused_with_its_reason(folder: Path, text: str, told: str) -> None:
@@ -207,11 +215,9 @@ def test_sources_that_are_no_model_say_what_would_be(tmp_path: Path, folder: Pat
         run: "is a run folder; its models lie in .*best",
         lone: r"lone\.safetensors is not a model .* need their config\.json beside",
         tmp_path / "x.txt": r"x\.txt is not a weight file",
-        tmp_path / "a.pth": r"a\.pth is not a source that vitrail can load yet; it loads a model folder",
+        tmp_path / "a.pth": r"a\.pth is a pickle.* vitrail convert .*a\.pth FOLDER --allow-pickle",
         tmp_path / "empty": r"empty is not a model folder: it has no config\.json",
         tmp_path / "nowhere.npz": r"there is no file or folder .*nowhere\.npz",
-        "hf:google/vit-base-patch16-224": "not a source that vitrail can load yet",
-        "timm:vit_base_patch16_224": "not a source that vitrail can load yet",
         "vit-b16": r"there are no weights at hand for 'vit-b16'.*create_model\('vit-b16'\)",
         "ViT-H/14": r"no weights at hand for 'ViT-H/14'.*create_model\('vit-h14'\)",
         "vit-q16": "there is no file or folder vit-q16",

@@ -1,5 +1,6 @@
 """Weights on disk: model folders, official files of others, and the state of a run."""
 
+import hashlib
 import logging
 from dataclasses import fields
 from pathlib import Path
@@ -7,77 +8,150 @@ from typing import Any
 
 from vitrail.checkpoints.adapt import adapt, check_overrides, with_overrides
 from vitrail.checkpoints.folder import CONFIG, WEIGHTS, load_folder, save_model
-from vitrail.checkpoints.foreign import CONVENTIONS, from_arrays, read_arrays, table_of, to_arrays, write_arrays
+from vitrail.checkpoints.foreign import (
+    CONVENTIONS,
+    SUFFIXES,
+    WRITTEN,
+    from_arrays,
+    names_for,
+    read_arrays,
+    require_written,
+    table_of,
+    to_arrays,
+    write_arrays,
+)
+from vitrail.checkpoints.hub import is_hub_source, load_from_hub
 from vitrail.checkpoints.names import Hints
+from vitrail.checkpoints.packages import PACKAGES, load_packaged
 from vitrail.checkpoints.storage import standing
 from vitrail.config.model import ALIASES, model_config
 from vitrail.errors import UserError
 from vitrail.models import ImageModel
 
-__all__ = ["CONVENTIONS", "adapt", "export_names", "load_folder", "load_model", "save_model"]
+__all__ = ["CONVENTIONS", "adapt", "convert", "export_names", "load_folder", "load_model", "save_model"]
 
-_SOURCES = "a model folder, its model.safetensors, or an official ViT or big_vision .npz file"
-_OF_TRAINING = ("dropout", "drop_path", "head_bias")
+_OF_TRAINING = ("dropout", "drop_path", "head_bias", "frozen_norm")
 """Settings that decide nothing once the weights are made."""
 _log = logging.getLogger("vitrail")
 
 
-def load_model(source: str | Path, **overrides: Any) -> ImageModel:
+def load_model(
+    source: str | Path, *, allow_pickle: bool = False, offline: bool = False, **overrides: Any
+) -> ImageModel:
     """Return a model with its weights, in evaluation mode. Official files need no name: all is read off the arrays.
 
     Args:
-        source: A model folder, the `model.safetensors` in one, or an official ViT or big_vision `.npz` file.
-        **overrides: What the file cannot tell, or is to be another way: `gelu="tanh"|"erf"|"quick"`, `dropout=`,
-            `drop_path=`; `image_size=`, with `position_resize="official"|"timm"|"timm-npz"|"hf"`; `num_classes=` and
-            `channels=` (see `adapt`).
+        source: A model folder; a weight file of `CONVENTIONS` (`.npz`, `.safetensors`, a PyTorch file, the `.index`
+            of a V-MoE checkpoint); the name of a model whose weights a package brought ("efficientnet-lite0"); or,
+            downloaded once, `hf:OWNER/NAME[@REVISION]` and `timm:NAME[@REVISION]` of the Hugging Face hub.
+        allow_pickle: Whether a PyTorch file may be read; nothing in it is executed.
+        offline: Take `hf:` and `timm:` models from the cache alone.
+        **overrides: What the file cannot tell, or is to be another way. `image_size=`, with
+            `position_resize="official"|"timm"|"timm-npz"|"hf"`, `num_classes=` and `channels=` bring other tensors (see
+            `adapt`); any other setting of the model may be given as long as it changes none: `gelu=`, `heads=`,
+            `experts_per_token=`, `capacity_factor=`, `batch_priority=`, `group_size=`, `drop_path=`, ...
 
     Raises:
         UserError: When there is no such source, it is damaged, or an override is unknown.
     """
     check_overrides(overrides)
+    if is_hub_source(source):
+        return load_from_hub(str(source), overrides, offline=offline, allow_pickle=allow_pickle)
     path = Path(source)
     if standing(path).is_dir():
         return load_folder(path, **overrides)
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         return load_folder(path.parent, **overrides)
-    if path.suffix in (".npz", ".safetensors") and path.is_file():
-        model, table = from_arrays(read_arrays(path), overrides, str(path))
+    if path.is_file():
+        model, table = from_arrays(read_arrays(path, allow_pickle=allow_pickle), overrides, str(path))
         return with_overrides(model, overrides, position_resize=table.position_resize)
-    raise UserError(_why_not(str(source), path))
+    name = ALIASES.get(str(source), str(source))
+    if name in PACKAGES:
+        return with_overrides(load_packaged(name), overrides)
+    raise UserError(_why_not(str(source)))
 
 
-def export_names(model: ImageModel, path: str | Path, names: str = "vit") -> None:
-    """Write a model's weights as `.npz` under foreign names; reading the file gives the same weights, bit for bit.
+def export_names(model: ImageModel, path: str | Path, names: str | None = None) -> str:
+    """Write a model's weights under foreign names; reading the file gives the same weights, bit for bit.
 
     Args:
         model: The model. What arrays cannot hold, as labels and preprocessing, is left behind.
-        path: The file to write.
-        names: One of `CONVENTIONS`: "vit", "vit-published", "big-vision", ...
+        path: The file to write: `.npz`, `.safetensors`, `.pth`, or the `.index` of a V-MoE checkpoint.
+        names: One of `CONVENTIONS`: "vit", "big-vision", "vmoe", "timm", "hf", ...; None takes the first that has names
+            for such a model.
+
+    Returns:
+        The names it was written under.
 
     Raises:
         UserError: When the names are unknown or have no place for such a model, or the file cannot be written.
     """
+    path = Path(path)
+    require_written(path)
+    names = names or names_for(model)
     arrays = to_arrays(model, names)
-    hints = Hints(image_size=model.config.image_size)
+    hints = Hints(image_size=model.config.image_size, heads=getattr(model.config, "heads", None))
     config, _ = table_of(arrays, str(path)).to_ours(arrays, hints=hints, source=str(path))
     for field in fields(config):
         ours, read = getattr(model.config, field.name), getattr(config, field.name)
         if ours != read and field.name not in _OF_TRAINING:
             _log.warning("%s cannot say that the model has %s=%r; tell whoever loads it.", path, field.name, ours)
-    write_arrays(Path(path), arrays)
+    write_arrays(path, arrays)
+    return names
 
 
-def _why_not(source: str, path: Path) -> str:
-    if source.startswith(("hf:", "timm:")) or path.suffix in (".pth", ".pt", ".bin", ".ckpt", ".index"):
-        return f"{source} is not a source that vitrail can load yet; it loads {_SOURCES}."
-    if path.exists():
-        return f"{path} is not a weight file that vitrail knows; it loads {_SOURCES}."
+def convert(
+    source: str | Path,
+    dest: str | Path,
+    *,
+    names: str | None = None,
+    allow_pickle: bool = False,
+    offline: bool = False,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Bring weights from one form to another: from any source of `load_model` to a model folder or foreign file.
+
+    Args:
+        source: As `load_model` takes it.
+        dest: A folder; or a file, whose suffix says its format, as `export_names` writes it.
+        names: Names to write a file under; None takes the first that has names for such a model.
+        allow_pickle: As in `load_model`.
+        offline: As in `load_model`.
+        **overrides: As in `load_model`.
+
+    Returns:
+        What was made of what, with the SHA-256 of a source that is one file.
+
+    Raises:
+        UserError: When the source cannot be read, or the destination not written.
+    """
+    dest = Path(dest)
+    model = load_model(source, allow_pickle=allow_pickle, offline=offline, **overrides)
+    facts: dict[str, Any] = {"source": str(source)}
+    if Path(source).is_file():
+        with open(source, "rb") as file:
+            facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    if dest.suffix in WRITTEN:
+        facts["names"] = export_names(model, dest, names)
+    elif names is not None or dest.suffix in SUFFIXES:
+        require_written(dest)
+    else:
+        save_model(model, dest, recipe={"converted": dict(facts)})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {**facts, "model": type(model).__name__, "parameters": parameters, "written": str(dest)}
+
+
+def _why_not(source: str) -> str:
+    known = (
+        f"vitrail loads model folders, weight files ({', '.join(SUFFIXES)}), the models {', '.join(PACKAGES)}, "
+        "and hf:OWNER/NAME or timm:NAME from the hub"
+    )
     try:
         model_config(source)
     except UserError:
-        return f"there is no file or folder {source}; vitrail loads {_SOURCES}."
+        return f"there is no file or folder {source}; {known}."
     name = ALIASES.get(source, source)
     return (
-        f"there are no weights at hand for {source!r}; give the path of {_SOURCES}, "
+        f"there are no weights at hand for {source!r}: give the path of a file with them, "
         f"or take fresh weights with create_model({name!r})."
     )

@@ -8,27 +8,55 @@ import numpy as np
 import torch
 
 from vitrail.checkpoints.assemble import assemble
+from vitrail.checkpoints.coatnet_names import TIMM_COATNET
+from vitrail.checkpoints.cvt_names import CVT, HF_CVT
+from vitrail.checkpoints.efficientnet_names import EFFICIENTNET_PYTORCH, TIMM_EFFICIENTNET
+from vitrail.checkpoints.hf_vit import HF_VIT
 from vitrail.checkpoints.names import Arrays, Hints, NameTable
+from vitrail.checkpoints.partitioned import read_partitioned, write_partitioned
+from vitrail.checkpoints.pickled import read_pickle
 from vitrail.checkpoints.storage import replace_file
-from vitrail.checkpoints.tensors import read_tensors
+from vitrail.checkpoints.tensors import dump_tensors, read_tensors
+from vitrail.checkpoints.timm_vit import TIMM_VIT
 from vitrail.checkpoints.vit_names import BIG_VISION, VIT, VIT_PUBLISHED
+from vitrail.checkpoints.vmoe_names import VMOE
 from vitrail.errors import UserError
 from vitrail.models import ImageModel
 from vitrail.npz import read_npz
 
-TABLES: tuple[NameTable, ...] = (VIT, VIT_PUBLISHED, BIG_VISION)
+TABLES: tuple[NameTable, ...] = (
+    VIT,
+    VIT_PUBLISHED,
+    BIG_VISION,
+    VMOE,
+    TIMM_VIT,
+    TIMM_COATNET,
+    TIMM_EFFICIENTNET,
+    HF_VIT,
+    HF_CVT,
+    CVT,
+    EFFICIENTNET_PYTORCH,
+)
 """Every convention of names, one table per convention and family."""
 CONVENTIONS: tuple[str, ...] = tuple(dict.fromkeys(table.name for table in TABLES))
 """Names that `export_names` can write under."""
 
+WRITTEN = (".npz", ".safetensors", ".pth", ".index")
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+SUFFIXES = (".npz", ".safetensors", ".index", *PICKLES)
+"""Of the files that may hold weights."""
 MAX_RATIO = 20
 """Weights hardly compress; a file that unpacks to more than this many times its size is a trap, not a model."""
 FREE_BYTES = 16_000_000
 """Small files of zeros may compress as they like."""
 
 
-def read_arrays(path: Path) -> Arrays:
+def read_arrays(path: Path, *, allow_pickle: bool = False) -> Arrays:
     """Return the arrays of a weight file under their names.
+
+    Args:
+        path: `.npz`, `.safetensors`, the `.index` of a partitioned V-MoE checkpoint, or a PyTorch file.
+        allow_pickle: Whether PyTorch files, which are pickles, may be read. Nothing in them is executed.
 
     Raises:
         UserError: When the file is damaged, or of a kind that vitrail does not read.
@@ -39,8 +67,18 @@ def read_arrays(path: Path) -> Arrays:
             return read_npz(path, limit=limit, advice="it does not look like weights and is not read.")
         case ".safetensors":
             return {name: _as_array(tensor) for name, tensor in read_tensors(path).items()}
+        case ".index":
+            return read_partitioned(path)
+        case suffix if suffix in PICKLES and allow_pickle:
+            return read_pickle(path)
+        case suffix if suffix in PICKLES:
+            raise UserError(
+                f"{path} is a pickle, a kind of file that can carry a program. Vitrail runs nothing it finds in one "
+                "(weights_only=True); if you want it read, say allow_pickle=True, or on the command line: "
+                f"vitrail convert {path} FOLDER --allow-pickle"
+            )
         case _:
-            raise UserError(f"{path} is not a weight file that vitrail reads: .npz or .safetensors.")
+            raise UserError(f"{path} is not a weight file that vitrail knows; it reads {', '.join(SUFFIXES)}.")
 
 
 def table_of(arrays: Arrays, source: str) -> NameTable:
@@ -62,11 +100,19 @@ def table_of(arrays: Arrays, source: str) -> NameTable:
 def from_arrays(arrays: Arrays, overrides: Mapping[str, Any], source: str) -> tuple[ImageModel, NameTable]:
     """Return the model that foreign arrays stand for, before any override, and the table that read them."""
     table = table_of(arrays, source)
-    hints = Hints(image_size=_pair(overrides.get("image_size")), heads=_whole(overrides.get("heads")))
-    config, state = table.to_ours(arrays, hints=hints, source=source)
+    hints = Hints(image_size=_pair(overrides.get("image_size")), heads=_heads(overrides.get("heads")))
+    try:
+        config, state = table.to_ours(arrays, hints=hints, source=source)
+    except UserError as problem:  # sizes that no configuration allows do not know where they come from
+        raise problem if source in str(problem) else UserError(f"{source}: {problem}") from problem
     model = assemble(config, state, source)
     model.preprocessing = table.preprocessing(config)
     return model, table
+
+
+def names_for(model: ImageModel) -> str:
+    """Return the first convention that has names for a model of this family."""
+    return next(table.name for table in TABLES if table.family is type(model.config))
 
 
 def to_arrays(model: ImageModel, names: str) -> dict[str, np.ndarray]:
@@ -77,23 +123,38 @@ def to_arrays(model: ImageModel, names: str) -> dict[str, np.ndarray]:
     """
     if names not in CONVENTIONS:
         raise UserError(f"there are no names {names!r}; choose one of {', '.join(CONVENTIONS)}.")
-    for table in TABLES:
-        if table.name == names and table.family is type(model.config):
+    fitting = [table for table in TABLES if table.family is type(model.config)]
+    for table in fitting:
+        if table.name == names:
             return table.from_ours(model)
-    fitting = [table.name for table in TABLES if table.family is type(model.config)]
-    raise UserError(f"the names {names!r} have no place for a {type(model).__name__}; choose {' or '.join(fitting)}.")
+    choice = " or ".join(table.name for table in fitting)
+    raise UserError(f"the names {names!r} have no place for a {type(model).__name__}; choose {choice}.")
+
+
+def require_written(path: Path) -> None:
+    """Raise UserError unless `write_arrays` can write a file of this suffix."""
+    if path.suffix not in WRITTEN:
+        raise UserError(f"{path}: weights are written as {', '.join(WRITTEN)}; choose one of these suffixes.")
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays as `.npz`, complete or not at all.
+    """Write arrays in the format that the suffix says, complete or not at all.
 
     Raises:
-        UserError: When the suffix is another, or the file cannot be written.
+        UserError: When the suffix is none of `WRITTEN`, or the file cannot be written.
     """
-    if path.suffix != ".npz":
-        raise UserError(f"{path}: weights are written as .npz; choose this suffix.")
+    require_written(path)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     size = sum(array.nbytes for array in arrays.values())
-    replace_file(path, lambda file: np.savez(file, **arrays), size=size)  # pyright: ignore[reportArgumentType]
+    match path.suffix:
+        case ".npz":
+            replace_file(path, lambda file: np.savez(file, **arrays), size=size)  # pyright: ignore[reportArgumentType]
+        case ".safetensors":
+            replace_file(path, lambda file: dump_tensors(file, tensors), size=size)
+        case ".pth":
+            replace_file(path, lambda file: torch.save(tensors, file), size=size)
+        case _:
+            write_partitioned(path, arrays)
 
 
 def _as_array(tensor: torch.Tensor) -> np.ndarray:
@@ -112,5 +173,12 @@ def _pair(size: object) -> tuple[int, int] | None:
             return None
 
 
-def _whole(number: object) -> int | None:
-    return number if isinstance(number, int) and number > 0 else None
+def _heads(number: object) -> int | tuple[int, ...] | None:
+    """Return a number of heads, or one per stage, or None for what `with_overrides` will refuse."""
+    match number:
+        case int() if number > 0:
+            return number
+        case (int(), *_):
+            return tuple(number)
+        case _:
+            return None

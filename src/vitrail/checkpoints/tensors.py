@@ -47,7 +47,13 @@ class Entry(NamedTuple):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors of any device, shared ones too. `storage.publish` makes the file durable.
+    """Write a file of tensors, as `dump_tensors` does. `storage.publish` makes the file durable."""
+    with open(path, "wb") as file:
+        dump_tensors(file, tensors)
+
+
+def dump_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of any device, shared ones too.
 
     Raises:
         TypeError: For a type of number that the format, or this module, does not know.
@@ -64,11 +70,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
-        for name in names:
-            file.write(_raw(tensors[name].detach().cpu().contiguous()))
+    file.write(struct.pack("<Q", len(text)))
+    file.write(text)
+    for name in names:
+        file.write(_raw(tensors[name].detach().cpu().contiguous()))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

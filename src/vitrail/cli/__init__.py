@@ -15,8 +15,9 @@ from rich.logging import RichHandler
 
 import vitrail
 from vitrail.cli.console import Console, two_columns
-from vitrail.cli.models import models
+from vitrail.cli.models import convert, models
 from vitrail.cli.pictures import check, compare, evaluate, predict
+from vitrail.cli.probing import embed, probe
 from vitrail.cli.training import demo, train
 from vitrail.errors import Interrupted, UserError, did_you_mean
 
@@ -27,7 +28,10 @@ VERBS: dict[str, Callable[..., int]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "embed": embed,
+    "probe": probe,
     "models": models,
+    "convert": convert,
     "check": check,
     "compare": compare,
 }

@@ -1,6 +1,7 @@
-"""The verbs about models themselves: `models`."""
+"""The verbs about models themselves: `models` and `convert`."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.table import Column, Table
@@ -11,22 +12,96 @@ from vitrail.cli.console import Console, print_json
 
 
 def models(
-    name: Positional[Annotated[str | None, tyro.conf.arg(metavar="[NAME]")]] = None, *, json: bool = False
+    name: Positional[Annotated[str | None, tyro.conf.arg(metavar="[NAME]")]] = None,
+    *,
+    leaderboard: bool = False,
+    json: bool = False,
 ) -> int:
     """List the published sizes, or show one.
 
     Args:
         name: A model name or leaderboard alias; all when left out.
+        leaderboard: Show the ten systems of the leaderboards: what was published, and what has been verified here.
         json: Print one JSON document on stdout.
     """
     from vitrail.zoo import describe
 
+    if leaderboard:
+        return _leaderboard(json=json)
     rows = [describe(each) for each in ([name] if name else vitrail.list_models())]
     if json:
         return print_json(rows)
-    heads = ("model", "parameters", "input", "patch", "width", "depth", "heads", "pool")
-    table = Table(*(Column(head, overflow="fold") for head in heads), box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        Column("model", no_wrap=True),
+        Column("parameters", justify="right", no_wrap=True),
+        "GMACs @pixels",
+        Column("source", no_wrap=True),
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+        gmacs = ", ".join(f"{value:.4g} @{size}" for size, value in row["gmacs"].items())
+        table.add_row(row["model"], f"{row['parameters']:,}", gmacs, row["source"])
     Console().print(table)
+    return 0
+
+
+def convert(
+    source: Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]],
+    dest: Positional[Annotated[Path, tyro.conf.arg(metavar="DEST")]],
+    *,
+    names: str | None = None,
+    image_size: int | None = None,
+    heads: int | None = None,
+    gelu: Literal["tanh", "erf", "quick"] | None = None,
+    allow_pickle: bool = False,
+    offline: bool = False,
+    json: bool = False,
+) -> int:
+    """Bring weights from one form to another: model folders, and files under the names of other libraries.
+
+    Args:
+        source: Model folder, weight file, model name with weights at hand, hf:ID or timm:ID.
+        dest: Folder for a Vitrail model; or a file: .npz, .safetensors, .pth, or .index (V-MoE).
+        names: For a file, whose names to write: vit, vit-published, big-vision, vmoe, timm, hf, cvt or
+            efficientnet-pytorch; default: the first that has names for such a model.
+        image_size: Resize positions to this picture size.
+        heads: Attention heads, where the file cannot tell.
+        gelu: Flavour of GELU, where the file cannot tell.
+        allow_pickle: Read a PyTorch file (.pth, .bin); nothing in it is executed.
+        offline: Take hf: and timm: models from the cache alone.
+        json: Print one JSON document on stdout.
+    """
+    from vitrail.checkpoints import convert as bring
+
+    given: dict[str, Any] = {"image_size": image_size, "heads": heads, "gelu": gelu}
+    overrides = {key: value for key, value in given.items() if value is not None}
+    facts = bring(source, dest, names=names, allow_pickle=allow_pickle, offline=offline, **overrides)
+    if json:
+        return print_json(facts)
+    console = Console(highlight=False, soft_wrap=True)
+    for name, value in facts.items():
+        console.print(f"{name:>10}  {value:,}" if isinstance(value, int) else f"{name:>10}  {value}", markup=False)
+    return 0
+
+
+def _leaderboard(*, json: bool) -> int:
+    from vitrail.leaderboard import CHECKS, rows
+
+    board = rows()
+    if json:
+        return print_json(board)
+    for name in dict.fromkeys(row["table"] for row in board):
+        columns = ["top-1", "parameters", *CHECKS]
+        table = Table(
+            Column(name, overflow="fold"),
+            *(Column(column, justify="right", no_wrap=True) for column in columns),
+            box=None,
+            padding=(0, 2, 0, 0),
+        )
+        for row in (row for row in board if row["table"] == name):
+            marks = ("yes" if row["verified"][check] else "-" for check in CHECKS)
+            table.add_row(row["system"], row["published"], f"{row['parameters']:,}", *marks)
+        Console().print(table, "")
+    Console().print("docs/leaderboard.md says what the marks mean; --json names the tests behind them.")
     return 0

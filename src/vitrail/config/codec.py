@@ -3,7 +3,7 @@
 import types
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, overload
 
 from vitrail.errors import UserError, did_you_mean
 
@@ -19,15 +19,19 @@ def to_json(config: Any) -> Any:
     return config
 
 
-def from_json(kind: type[T], value: object, where: str = "") -> T:
-    """Return `value`, parsed JSON, as an instance of the dataclass `kind`.
+@overload
+def from_json(kind: type[T], value: object, where: str = "") -> T: ...
+@overload
+def from_json(kind: object, value: object, where: str = "") -> Any: ...
+def from_json(kind: Any, value: object, where: str = "") -> Any:
+    """Return `value`, parsed JSON, as an instance of the dataclass `kind`, or of one of a union of them.
 
     Fields that are missing take their default, so an older file stays readable. `where` names the file in errors.
 
     Raises:
         UserError: For an unknown key, a missing field without default, or a value of the wrong type.
     """
-    return _from_object(kind, value, where)
+    return _from_field(kind, value, where)
 
 
 def _from_field(kind: Any, value: Any, where: str) -> Any:

@@ -4,15 +4,20 @@ A new size is one row in its family's file; a new family is one more configurati
 """
 
 from dataclasses import fields, replace
+from typing import get_args
 
+from vitrail.config.coatnet import COATNETS, CoAtNetConfig
+from vitrail.config.cvt import CVTS, CvTConfig
+from vitrail.config.efficientnet import EFFICIENTNETS, EfficientNetConfig
 from vitrail.config.vit import VITS, ViTConfig, vit_of_any_patch
+from vitrail.config.vit_moe import VMOES, ViTMoEConfig
 from vitrail.errors import UserError, did_you_mean
 
-ModelConfig = ViTConfig
+ModelConfig = ViTConfig | ViTMoEConfig | CvTConfig | CoAtNetConfig | EfficientNetConfig
 """What a model is. Every family has `image_size`, `channels`, `num_classes`, `dropout`, `drop_path`, `head_bias`."""
-FAMILIES: tuple[type[ModelConfig], ...] = (ViTConfig,)
+FAMILIES: tuple[type[ModelConfig], ...] = get_args(ModelConfig)
 
-MODELS: dict[str, ModelConfig] = {**VITS}
+MODELS: dict[str, ModelConfig] = {**VITS, **VMOES, **CVTS, **COATNETS, **EFFICIENTNETS}
 """Every published size under its name."""
 
 # Names of the leaderboards and papers; letter case matters: g/14 is not G/14.
@@ -23,6 +28,12 @@ ALIASES: dict[str, str] = {
     "ViT-g/14": "vit-giant14",
     "ViT-G/14": "vit-gigantic14",
     "ViT-B-16 (ImageNet-21K-P pretrain)": "vit-b16-21kp",
+    "ViT-MoE-15B (Every-2)": "vmoe-15b",
+    "CvT-W24": "cvt-w24",
+    "CoAtNet-6": "coatnet-6",
+    "CoAtNet-7": "coatnet-7",
+    "EffNet-L2 (SAM)": "efficientnet-l2",
+    "Meta Pseudo Labels (EfficientNet-L2)": "efficientnet-l2",
 }
 
 

@@ -2,19 +2,35 @@
 
 import torch
 
+from vitrail.config.coatnet import CoAtNetConfig
+from vitrail.config.cvt import CvTConfig
+from vitrail.config.efficientnet import EfficientNetConfig
 from vitrail.config.model import ModelConfig, model_config
 from vitrail.config.vit import ViTConfig
+from vitrail.config.vit_moe import ViTMoEConfig
 from vitrail.models.base import ImageModel
+from vitrail.models.coatnet import CoAtNet
+from vitrail.models.cvt import CvT
+from vitrail.models.efficientnet import EfficientNet
 from vitrail.models.vit import ViT
+from vitrail.models.vit_moe import ViTMoE
 
-__all__ = ["ImageModel", "ViT", "build", "create_model"]
+__all__ = ["CoAtNet", "CvT", "EfficientNet", "ImageModel", "ViT", "ViTMoE", "build", "create_model"]
 
 
 def build(config: ModelConfig) -> ImageModel:
     """Return the model of a configuration, freshly initialised (left empty under `torch.device("meta")`)."""
     match config:
+        case ViTMoEConfig():
+            model = ViTMoE(config)
         case ViTConfig():
             model = ViT(config)
+        case CvTConfig():
+            model = CvT(config)
+        case CoAtNetConfig():
+            model = CoAtNet(config)
+        case EfficientNetConfig():
+            model = EfficientNet(config)
     if next(model.parameters()).device != torch.device("meta"):
         model.init_weights()
     return model
