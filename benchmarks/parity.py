@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 # What arrays cannot tell. A case of V-MoE is the rest of an answer's name: k2_C0.5_bpr is capacity 0.5 with priority.
 GROUP = {"group_size": 34}
 CASES: dict[str, dict[str, Any]] = {
-    "k1_C1.0": {"experts_per_token": 1, "capacity_factor": 1.0, **GROUP},
+    "k1": {"experts_per_token": 1, "capacity_factor": 1.05, **GROUP},
     "k2_C1.05": {"capacity_factor": 1.05, **GROUP},
     "k2_C0.5": {"capacity_factor": 0.5, **GROUP},
     "k2_C0.5_bpr": {"capacity_factor": 0.5, "batch_priority": True, **GROUP},
