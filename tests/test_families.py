@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from families import TINY
+from torch import nn
 
 from vitrail.checkpoints import adapt, load_model, save_model
 from vitrail.config.codec import from_json, to_json
 from vitrail.config.model import FAMILIES, ModelConfig
-from vitrail.config.run import RunConfig
+from vitrail.config.run import OptimConfig, RunConfig
 from vitrail.config.vit import ViTConfig
 from vitrail.errors import Interrupted, UserError
 from vitrail.explain import patch_filters, patch_rollout
 from vitrail.models import ImageModel, build
+from vitrail.optim import parameter_groups
 from vitrail.prediction import predict
 from vitrail.training import Callback, run_training
 
@@ -79,6 +81,17 @@ def test_a_model_folder_keeps_every_bit(family: str, tmp_path: Path) -> None:
     assert back.config == model.config == from_json(type(model.config), to_json(model.config))
     for name, tensor in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
+
+
+@FAMILY
+def test_kernels_decay_and_nothing_else_does(family: str) -> None:
+    model = build(TINY[family])
+    groups = parameter_groups(model, OptimConfig(weight_decay=0.1))
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kernel = name == "weight" and not isinstance(module, nn.LayerNorm | nn.BatchNorm2d | nn.GroupNorm)
+            assert (id(parameter) in decayed) == kernel, (module, name)
 
 
 @torch.no_grad()

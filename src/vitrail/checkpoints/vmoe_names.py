@@ -32,7 +32,7 @@ BLOCK = "Encoder/encoderblock_{}"
 POSITIONS = "Encoder/posembed_input/pos_embedding"
 ROUTER = re.compile(r"Encoder/encoderblock_(\d+)/Moe/Router/dense/kernel")
 HEADINGS = (
-    (r"pos_embedding", POSITIONS),
+    (r"^pos_embedding$", POSITIONS),
     (r"MAPHead_0/(MultiHeadDotProductAttention|LayerNorm)_0/", r"MapHead/\1/"),
     (r"MAPHead_0/", "MapHead/"),
     (r"MultiHeadDotProductAttention_0/", "SelfAttention/"),
@@ -106,7 +106,7 @@ VMOE = OfficialVMoE()
 
 def _heading(name: str) -> str:
     for pattern, heading in HEADINGS:
-        name = re.sub(rf"^{pattern}" if pattern == "pos_embedding" else pattern, heading, name)
+        name = re.sub(pattern, heading, name)
     return name
 
 

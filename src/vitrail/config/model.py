@@ -65,6 +65,8 @@ def override(config: ModelConfig, overrides: dict[str, object]) -> ModelConfig:
         if key not in known:
             raise UserError(f"{type(config).__name__} has no setting {key!r}.{did_you_mean(key, known)}")
     sizes = {
-        key: (value, value) for key, value in overrides.items() if key.endswith("_size") and isinstance(value, int)
+        key: (value, value)
+        for key, value in overrides.items()
+        if key in ("image_size", "patch_size") and isinstance(value, int)
     }
     return replace(config, **(overrides | sizes))  # pyright: ignore[reportArgumentType]

@@ -29,7 +29,7 @@ class ViTMoEConfig(ViTConfig):
     group_size: int | None = None
     """Tokens that compete for places. None: those of one picture, and of 8 pictures while training."""
     noise_std: float = 1.0
-    """Deviation of the noise on the router's logits while training, times the number of experts."""
+    """Deviation of the noise on the router's logits while training, before it is divided by the number of experts."""
     importance_loss: float = 0.005
     """Weight of the loss that balances the gates over the experts."""
     load_loss: float = 0.005
@@ -62,12 +62,7 @@ VMOE_SIZES: dict[str, tuple[int, int, int, int]] = {
     "b": VIT_SIZES["b"],
     "l": VIT_SIZES["l"],
     "h": VIT_SIZES["h"],
-    "15b": (
-        1408,
-        48,
-        6400,
-        16,
-    ),  # arXiv 2106.05974, section 4.4; its 14,705.1 million parameters tell patch and experts
+    "15b": (1408, 48, 6400, 16),  # the paper's largest; patch 14 and 32 experts make up its 14,705.1 million parameters
 }
 
 
@@ -84,7 +79,7 @@ def vmoe_config(size: str, patch: int, where: Literal["every", "last"], number: 
 
 
 VMOES: dict[str, ViTMoEConfig] = {
-    # arXiv 2106.05974, table 2 of the main text and appendix B
+    # the models that arXiv 2106.05974 reports
     "vmoe-s32-every2": vmoe_config("s", 32, "every", 2),
     "vmoe-s32-last2": vmoe_config("s", 32, "last", 2),
     "vmoe-b32-every2": vmoe_config("b", 32, "every", 2),

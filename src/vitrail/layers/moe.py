@@ -115,7 +115,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class Router(nn.Module):
-    """Noisy top-k (section 2.2 and appendix A.2): a linear layer without bias weighs the experts for each token."""
+    """Noisy top-k (section 2 and appendix A): a linear layer without bias weighs the experts for each token."""
 
     def __init__(self, width: int, experts: int, choices: int, noise_std: float) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ def first_largest(gates: Float[Tensor, "g s e"], count: int) -> Int[Tensor, "g s
 def capacity(choices: int, experts: int, factor: float) -> int:
     """Return the places per expert for a group's choices: `factor` times an even spread, rounded up to fours.
 
-    The paper rounds to the nearest whole number (equation 3); this is what its code does (`moe.compute_capacity`).
+    The paper rounds to the nearest whole number; this is what its code does (vmoe `moe.compute_capacity`).
     """
     return 4 * math.ceil(math.ceil(choices * factor / experts) / 4)
 
@@ -226,7 +226,7 @@ def seats_by_capacity(
     """Seat the choices of each group until the experts are full.
 
     All first choices come before all second ones; among them, tokens come in order, or by falling `priority` (batch
-    prioritized routing, section 4.1). A full expert turns choices away.
+    prioritized routing, section 4). A full expert turns choices away.
 
     Args:
         experts: Chosen experts; `count` stands for none.
@@ -264,14 +264,15 @@ def seats_for_all(experts: Int[Tensor, "g s k"], count: int) -> Seats:
     choices = (experts.flatten()[:, None] == numbers).sum(dim=0)
     ends = ((choices - 1).clamp(min=0) // rows).cumsum(0)
     before = F.pad(ends, (1, 0))  # the last for the expert that is none
-    block = torch.where(queue < rows, experts, count - 1 + before[experts] + queue // rows)
-    row = (block * rows + queue % rows).where(experts < count, (count + more) * rows)
+    turn = queue // rows  # which of its expert's blocks
+    block = torch.where(turn == 0, experts, count + before[experts] + turn - 1)
+    row = ((block - turn) * rows + queue).where(experts < count, (count + more) * rows)
     owners = (torch.arange(more, device=experts.device)[:, None] >= ends).sum(dim=1).clamp(max=count - 1)
     return Seats(row, count + more, rows, owners)
 
 
 def imbalance(amounts: Float[Tensor, "g s e"]) -> Float[Tensor, " g"]:
-    """Return the squared coefficient of variation over experts of the sums over tokens (appendix A.2)."""
+    """Return the squared coefficient of variation over experts of the sums over tokens (appendix A)."""
     total = amounts.sum(dim=1)
     return total.var(dim=-1, correction=0) / total.mean(dim=-1).square()
 

@@ -1,6 +1,6 @@
 """V-MoE: "Scaling Vision with Sparse Mixture of Experts" (Riquelme et al., 2021, arXiv 2106.05974).
 
-A Vision Transformer in which some blocks have a mixture of experts in place of the feed-forward network (figure 1).
+A Vision Transformer in which some blocks have a mixture of experts in place of the feed-forward network (section 2).
 Numerically that of google-research/vmoe, `nn/vit_moe.py`.
 """
 
@@ -17,7 +17,7 @@ from vitrail.models.vit import Block, ViT
 
 
 class MixtureBlock(Block):
-    """Encoder block with a mixture of experts (section 2.2). It also tells where the tokens went."""
+    """Encoder block with a mixture of experts. It also tells where the tokens went."""
 
     def __init__(self, config: ViTMoEConfig, drop_path: float) -> None:
         super().__init__(config, drop_path)
@@ -66,7 +66,7 @@ class ViTMoE(ViT[ViTMoEConfig]):
         return self.norm(x), routings
 
     def balance_loss(self, routings: Iterable[Routing]) -> Float[Tensor, ""]:
-        """Return the weighted sum of importance and load losses (appendix A.2), over layers, as means over groups."""
+        """Return the weighted sum of importance and load losses (appendix A), over layers, as means over groups."""
         config = self.config
         parts = [config.importance_loss * routing.importance + config.load_loss * routing.load for routing in routings]
         return sum((part.mean() for part in parts[1:]), start=parts[0].mean())
