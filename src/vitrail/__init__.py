@@ -15,6 +15,7 @@ _HOMES = {
     "train": "vitrail.runs",
     "evaluate": "vitrail.evaluation",
     "predict": "vitrail.prediction",
+    "embed": "vitrail.embedding",
     "RunConfig": "vitrail.config.run",
     "UserError": "vitrail.errors",
 }
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from vitrail.checkpoints import load_model, save_model
     from vitrail.config.model import list_models
     from vitrail.config.run import RunConfig
+    from vitrail.embedding import embed
     from vitrail.errors import UserError
     from vitrail.evaluation import evaluate
     from vitrail.models import ImageModel, create_model
@@ -34,6 +36,7 @@ __all__ = [
     "RunConfig",
     "UserError",
     "create_model",
+    "embed",
     "evaluate",
     "list_models",
     "load_model",

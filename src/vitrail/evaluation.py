@@ -1,5 +1,7 @@
 """A model's answers to a set of pictures, in one process or several."""
 
+import json
+import re
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +17,10 @@ from torch import Tensor, nn
 from vitrail.config.preprocessing import Preprocessing
 from vitrail.data import read_parts
 from vitrail.data.base import Source, Subset
+from vitrail.data.imagenet import imagenet_labels, imagenet_wnids
 from vitrail.data.view import evaluation_view, normalise
 from vitrail.errors import BrokenPicture, UserError
-from vitrail.metrics import Evaluation
+from vitrail.metrics import Evaluation, fit_temperature, real_accuracy
 from vitrail.models import ImageModel
 from vitrail.parallel import Precision, autocast, gather_objects, share_of, world_size
 
@@ -100,10 +103,64 @@ def match_classes(source: Source, model: ImageModel) -> Source:
     return _Relabelled(source, model.labels)
 
 
+def calibrate(model: ImageModel, evaluation: Evaluation) -> float:
+    """Divide the model's logits, in place, by the temperature that fits an evaluation of it; return the temperature.
+
+    The division goes into the weights of the head, so that everything made from the model has it. Fit it on pictures
+    that were not trained on and that nothing will be reported on.
+
+    Raises:
+        UserError: When pictures may carry several labels.
+    """
+    if evaluation.multi_label:
+        raise UserError("a temperature is fitted to pictures with one label each; these may carry several.")
+    temperature = fit_temperature(evaluation.logits, evaluation.targets)
+    with torch.no_grad():
+        for parameter in model.get_submodule("head").parameters():
+            parameter /= temperature
+    return temperature
+
+
+def real_top1(evaluation: Evaluation, file: str | Path) -> float | None:
+    """Return the accuracy of ImageNet validation pictures by their reassessed labels (see `metrics.real_accuracy`).
+
+    Args:
+        evaluation: Answers to pictures under their official names, `ILSVRC2012_val_00000001.JPEG` and so on, all or
+            some. Classes are known by WordNet number or name; others are counted as ImageNet's heads count them.
+        file: `real.json` of Beyer et al. (2020): a list of the valid labels per validation picture, in order.
+
+    Raises:
+        UserError: When the file is no such list, a picture is not of ImageNet's validation part, or the model has
+            other classes.
+    """
+    try:
+        listed = json.loads(Path(file).read_bytes())
+        valid = [[int(label) for label in labels] for labels in listed]
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}.") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file} is not a JSON list of lists of labels ({error}); fetch real.json again.") from error
+    places = []
+    for name in evaluation.names:
+        found = re.search(r"ILSVRC2012_val_(\d{8})\.", name)
+        if found is None or not 1 <= int(found[1]) <= len(valid):
+            raise UserError(f"{name} is none of the {len(valid):,} ImageNet validation pictures that {file} knows.")
+        places.append(int(found[1]) - 1)
+    numbers = {name: number for names in (imagenet_wnids(), imagenet_labels()) for number, name in enumerate(names)}
+    if all(label in numbers for label in evaluation.labels):
+        order = np.array([numbers[label] for label in evaluation.labels])
+    elif len(evaluation.labels) == len(imagenet_wnids()):
+        order = np.arange(len(evaluation.labels))
+    else:
+        raise UserError(f"ReaL labels are for ImageNet's classes; the model has {len(evaluation.labels)} others.")
+    return real_accuracy(order[evaluation.logits.argmax(axis=1)], [valid[place] for place in places])
+
+
 class Answers(NamedTuple):
     """What a model says of a source, over all processes."""
 
-    logits: Float[np.ndarray, "n classes"]
+    rows: Float[np.ndarray, "n d"]
+    """Logits, or what else was asked for; float32."""
     indices: Int[np.ndarray, " n"]
     """Place of each picture in the source, rising."""
     broken: list[tuple[int, str]]
@@ -138,7 +195,7 @@ def predict_logits(
     if not len(answers.indices):
         raise UserError(f"there is no picture to evaluate ({len(answers.broken)} could not be read).")
     return Evaluation(
-        logits=answers.logits,
+        logits=answers.rows,
         targets=source.targets[answers.indices],
         labels=source.classes,
         names=[source.name(int(index)) for index in answers.indices],
@@ -151,6 +208,7 @@ def ask(
     model: ImageModel,
     source: Source,
     *,
+    answer: Callable[[Tensor], Tensor] | None = None,
     batch_size: int = 64,
     workers: int = 2,
     device: torch.device | None = None,
@@ -158,14 +216,15 @@ def ask(
     max_broken: float = 0.01,
     stop: Callable[[], None] | None = None,
 ) -> Answers:
-    """Return the model's logits for every picture, in the source's order, in the evaluation view.
+    """Return the model's answer to every picture, in the source's order, in the evaluation view.
 
     The model is put into evaluation mode and back. With several processes, each takes every world-th picture, and
     all return the same; each picture counts once.
 
     Args:
-        model: The model; its outputs are the source's classes.
+        model: The model.
         source: The pictures.
+        answer: What is asked of a batch of views, one row each, as `model.features`; by default the logits.
         batch_size: Pictures per forward pass.
         workers: Decoding threads; 0 decodes between the passes.
         device: Where to compute; the model is moved there. By default where it is.
@@ -174,8 +233,9 @@ def ask(
         stop: Called before each batch, equally often in every process; may raise to give up.
 
     Raises:
-        UserError: When more than `max_broken` of the pictures are unreadable, or an answer is not finite.
+        UserError: When more than `max_broken` of the pictures are unreadable.
     """
+    answer = answer or model
     device = device or next(model.parameters()).device
     model.to(device)
     mine = share_of(len(source))
@@ -196,10 +256,9 @@ def ask(
                 _check_broken(source, broken, max_broken)
             if indices:
                 with autocast(precision, device):
-                    rows.append(model(images.to(device)).float().cpu())
+                    rows.append(answer(images.to(device)).float().cpu())
                 read += indices
-    logits = torch.cat(rows).numpy() if rows else np.zeros((0, len(source.classes)), np.float32)
-    return _gather(source, logits, read, broken, max_broken)
+    return _gather(source, torch.cat(rows).numpy() if rows else None, read, broken, max_broken)
 
 
 class _Relabelled(Subset):
@@ -285,15 +344,17 @@ def _load(
 
 
 def _gather(
-    source: Source, logits: Float[np.ndarray, "n classes"], read: list[int], broken: list[tuple[int, str]], cap: float
+    source: Source, rows: Float[np.ndarray, "n d"] | None, read: list[int], broken: list[tuple[int, str]], cap: float
 ) -> Answers:
-    """Put the processes' shares together, in the order of the source."""
-    shares: list[Any] = gather_objects((logits, read, broken))
+    """Put the processes' shares together, in the order of the source. A process may have read no picture."""
+    shares: list[Any] = gather_objects((rows, read, broken))
     broken = sorted(item for share in shares for item in share[2])
     _check_broken(source, broken, cap)
     indices = np.concatenate([np.asarray(share[1], np.int64) for share in shares])
     order = np.argsort(indices)
-    return Answers(np.concatenate([share[0] for share in shares])[order], indices[order], broken)
+    some = [share[0] for share in shares if share[0] is not None]
+    together = np.concatenate(some)[order] if some else np.zeros((0, len(source.classes)), np.float32)
+    return Answers(together, indices[order], broken)
 
 
 def _check_broken(source: Source, broken: list[tuple[int, str]], cap: float) -> None:

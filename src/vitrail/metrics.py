@@ -5,20 +5,19 @@ A value that is not defined (the recall of a class without pictures) is None in 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_softmax, logsumexp, softmax
+from scipy.optimize import brentq
+from scipy.special import expit, log_softmax, softmax
 from sklearn.metrics import average_precision_score
 
 from vitrail.errors import UserError
 
 Row = dict[str, str | int | float | None]
-TEMPERATURES = (0.01, 100.0)  # range of the search: a model that is always right would have temperature 0
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class Evaluation:
         order = np.argsort(self.targets, kind="stable")
         logits = self.logits.copy()
         for ours, others in ((order[::2], order[1::2]), (order[1::2], order[::2])):
-            logits[ours] /= np.float32(fit_temperature(self.logits[others], self.targets[others]))
+            logits[ours] = self.logits[ours] / fit_temperature(self.logits[others], self.targets[others])
         return replace(self, logits=logits)
 
     def worst(self, k: int) -> list[Answer]:
@@ -271,7 +270,12 @@ def score(metrics: dict[str, float]) -> tuple[float, float]:
 
 
 def probabilities(logits: Float[np.ndarray, "n classes"], multi_label: bool) -> Float[np.ndarray, "n classes"]:
-    """Return softmax probabilities, or one independent sigmoid per class when a picture may carry several labels."""
+    """Return softmax probabilities, or one independent sigmoid per class when a picture may carry several labels.
+
+    Softmax is right for a model trained with sigmoids on pictures of one label, too: given that exactly one of the
+    independent labels holds, class i has the probability p_i prod(1 - p_j), j != i, normalised. As p / (1 - p) is
+    exp(logit), this is the softmax of the logits.
+    """
     wide = logits.astype(np.float64)
     return expit(wide) if multi_label else softmax(wide, axis=1)
 
@@ -279,19 +283,38 @@ def probabilities(logits: Float[np.ndarray, "n classes"], multi_label: bool) -> 
 def fit_temperature(logits: Float[np.ndarray, "n classes"], targets: Int[np.ndarray, " n"]) -> float:
     """Return the temperature that minimises the negative log-likelihood (Guo et al., arXiv 1706.04599, section 4.2).
 
-    Divide logits by it. It lies between 0.01 and 100.
+    Divide logits by it. It is 1 where these answers have none: they are all right, so that the likelihood grows as the
+    temperature falls to 0, or they tell nothing of the labels, so that it grows without end.
     """
     logits = logits.astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    spread = -float(logits.min())
+    if not spread:
+        return 1.0
+    logits /= spread  # the search then fits logits of any size
     own = logits[np.arange(len(logits)), targets]
 
-    def loss(log_temperature: float) -> float:
-        scale = np.exp(-log_temperature)
-        return float((logsumexp(logits * scale, axis=1) - own * scale).mean())
+    def slope(log_scale: float) -> float:
+        """Derivative of the loss by the scale 1/T; the loss is convex in it, so that this rises."""
+        scaled = softmax(np.exp(log_scale) * logits, axis=1)
+        return float(((scaled * logits).sum(axis=1) - own).mean())
 
-    bounds = (float(np.log(TEMPERATURES[0])), float(np.log(TEMPERATURES[1])))
-    # The loss is convex in 1/T, so that it has one minimum over log T too.
-    found: Any = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4})
-    return float(np.exp(found.x))
+    low, high = -14.0, 14.0  # 1/T from one millionth to a million over the spread of the logits
+    if slope(low) >= 0 or slope(high) <= 0:
+        return 1.0
+    found: Any = brentq(slope, low, high, xtol=1e-6)
+    return spread / float(np.exp(found))
+
+
+def real_accuracy(predictions: Int[np.ndarray, " n"], valid_labels: Sequence[Collection[int]]) -> float | None:
+    """Return the share of pictures whose predicted class is any of their valid labels.
+
+    Pictures without a valid label are left out of numerator and denominator; None when there is no other.
+
+    Source: Beyer et al., 2020, "Are we done with ImageNet?" (arXiv 2006.07159), section 4.
+    """
+    right = [int(said) in valid for said, valid in zip(predictions, valid_labels, strict=True) if valid]
+    return sum(right) / len(right) if right else None
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:

@@ -81,7 +81,7 @@ def predict(
     source = FileSource(paths, np.zeros(len(paths), np.int64), labels, channels=model.preprocessing.channels)
     answers = ask(model, source, batch_size=batch_size, workers=workers, max_broken=1.0)
     found = {index: Prediction(source.name(index), problem=reason) for index, reason in answers.broken}
-    for index, row in zip(answers.indices.tolist(), probabilities(answers.logits, model.multi_label), strict=True):
+    for index, row in zip(answers.indices.tolist(), probabilities(answers.rows, model.multi_label), strict=True):
         found[index] = Prediction(source.name(index), top_classes(row, labels, top))
     return [found[index] for index in range(len(source))]
 
@@ -110,8 +110,8 @@ def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
         writer = csv.writer(text)
         writer.writerow(["name", *columns, "problem"])
         for p in predictions:
-            cells = [str(cell) for label, share in p.labels for cell in (_plain(label), round(share, 6))]
-            writer.writerow([_plain(p.name), *cells, *[""] * (2 * width - len(cells)), p.problem])
+            cells = [str(cell) for label, share in p.labels for cell in (plain_cell(label), round(share, 6))]
+            writer.writerow([plain_cell(p.name), *cells, *[""] * (2 * width - len(cells)), p.problem])
     write_file(path, text.getvalue().encode())
 
 
@@ -121,6 +121,6 @@ def require_suffix(path: Path) -> None:
         raise UserError(f"{path}: predictions are written as .csv or .jsonl; choose one of these suffixes.")
 
 
-def _plain(cell: str) -> str:
+def plain_cell(cell: str) -> str:
     """Keep a spreadsheet from running a name that looks like a formula."""
     return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell

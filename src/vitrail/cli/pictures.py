@@ -15,21 +15,39 @@ if TYPE_CHECKING:
     from vitrail.metrics import Evaluation
 
 
-def evaluate(model: Model, data: Data, *, split: str | None = None, json: bool = False) -> int:
+def evaluate(
+    model: Model,
+    data: Data,
+    *,
+    split: str | None = None,
+    real: Path | None = None,
+    calibrate: Path | None = None,
+    json: bool = False,
+) -> int:
     """Measure a model on labelled pictures: top-1, top-5, macro-F1, calibration, per class.
 
     Args:
         model: Model folder or weight file.
         data: Folder of pictures, CSV manifest, CIFAR or IDX folder, .npz, or fashion-mnist (embedded).
         split: Part to evaluate: train, val or test; default: test where there is one, else val.
+        real: For ImageNet's validation pictures, the file real.json with their reassessed labels.
+        calibrate: Save the model, its logits divided by the temperature that fits these pictures, to this folder;
+            take pictures that you will not report on.
         json: Print one JSON document on stdout.
     """
-    from vitrail.checkpoints import load_model
-    from vitrail.evaluation import evaluate as measure
+    from vitrail import evaluation as home
+    from vitrail.checkpoints import load_model, save_model
     from vitrail.parallel import pick_device
 
-    evaluation = measure(load_model(model), data, split=split, device=pick_device())
+    loaded = load_model(model)
+    evaluation = home.evaluate(loaded, data, split=split, device=pick_device())
     metrics = evaluation.metrics()
+    if real is not None and (share := home.real_top1(evaluation, real)) is not None:
+        metrics["real_top1"] = share
+    if calibrate is not None:
+        temperature = home.calibrate(loaded, evaluation)
+        facts = {"model": model, "data": data, "split": split, "temperature": temperature}
+        save_model(loaded, calibrate, recipe={"calibrated": facts})
     broken = [{"name": name, "reason": reason} for name, reason in evaluation.broken]
     if json:
         print_json(
