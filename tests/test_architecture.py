@@ -15,7 +15,7 @@ PACKAGE = Path(vitrail.__file__).parent
 FLOORS = [
     ["errors", "config"],
     ["npz"],
-    ["layers", "presets"],
+    ["layers", "optimizers", "presets"],
     ["models"],
     ["losses", "optim", "parallel", "metrics", "data"],
     ["checkpoints", "recipes"],

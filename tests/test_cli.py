@@ -216,7 +216,7 @@ MISTAKES: dict[str, tuple[Callable[[Scene], list[str]], str]] = {
     "csv with a missing file": (lambda s: s.csv("path,label\nnope.png,a\nnope2.png,b\n"), "nope.png"),
     "truncated CIFAR": (lambda s: s.cifar(), "train.bin"),
     "unreadable pictures": (lambda s: s.broken_majority(), "cannot be read"),
-    "weights needed": (lambda s: ["train", "finetune", "--data", str(s.photos)], "--init"),
+    "weights needed": (lambda s: ["train", "finetune", "--init", "None", "--data", str(s.photos)], "--init"),
     "missing weights": (lambda s: s.train("--data", s.photos, "--init", s.root / "no.npz"), "no.npz"),
     "weights that are none": (lambda s: s.train("--data", s.photos, "--init", s.text), "notes.npz"),
     "pickled weights": (lambda s: s.train("--data", s.photos, "--init", s.pickle), "weights.pth"),

@@ -134,3 +134,18 @@ def test_the_verb_converts_there_and_back_and_says_what_it_did(tmp_path: Path, c
     assert "no file or folder" in capsys.readouterr().err
     assert main(["convert", str(out), str(tmp_path / "back2"), "--names", "timm"]) == 2
     assert "weights are written as .npz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "names"),
+    [
+        ("cvt", {}, "cvt"),  # QuickGELU, as the authors' code; Hugging Face's has the exact one
+        ("cvt", {"gelu": "erf"}, "hf"),
+        ("vit", {}, "vit"),
+        ("vit", {"gelu": "erf"}, "timm"),
+        ("vit", {"positions": "sincos", "pool": "gap"}, "big-vision"),
+        ("vit-moe", {}, "vmoe"),
+    ],
+)
+def test_names_that_leave_the_least_untold_are_taken(family: str, changes: dict, names: str, tmp_path: Path) -> None:
+    assert export_names(build(replace(TINY[family], **changes)), tmp_path / "x.npz") == names

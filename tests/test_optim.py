@@ -7,14 +7,35 @@ import pytest
 import torch
 
 from vitrail.config.run import OptimConfig
+from vitrail.errors import UserError
 from vitrail.models import create_model
-from vitrail.optim import AveragedWeights, build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from vitrail.optim import (
+    AveragedWeights,
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+    prepare,
+    set_learning_rate,
+)
 from vitrail.recipes.supervised import inverse_frequency
 
 
 def tiny(**overrides: object):
     return create_model(
         "vit-ti16", image_size=32, patch_size=8, width=16, depth=3, mlp_dim=32, heads=2, num_classes=4, **overrides
+    )
+
+
+def efficientnet(**overrides: object):
+    return create_model(
+        "efficientnet-lite0",
+        image_size=32,
+        widths=(8,) * 7,
+        depths=(2,) * 7,
+        stem_width=8,
+        head_width=16,
+        num_classes=4,
+        **overrides,
     )
 
 
@@ -115,3 +136,34 @@ def test_balancing_weights_leave_the_scale_of_the_loss_as_it_is() -> None:
     assert (weights * counts).sum() / counts.sum() == pytest.approx(1.0)
     np.testing.assert_allclose((weights * counts)[:3], counts.sum() / 3, rtol=1e-6)
     assert weights[3] == 1.0  # a class without pictures must not outweigh the others
+
+
+@pytest.mark.parametrize("make", [tiny, efficientnet])
+def test_only_the_head_is_optimised_where_only_the_head_learns(make) -> None:
+    model, config = make(), OptimConfig(train="head", lr=1.0, layer_decay=0.5)
+    prepare(model, config)
+    groups = parameter_groups(model, config)
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.head.parameters()}
+    assert all(group["lr_scale"] == 1.0 for group in groups)
+    assert not any(module.training for module in model.modules())
+    assert not model.features(torch.randn(2, 3, 32, 32)).requires_grad
+
+
+@pytest.mark.parametrize("make", [tiny, efficientnet])
+def test_all_learns_and_is_in_training_mode_where_all_is_to_learn(make) -> None:
+    model = make().eval().requires_grad_(False)  # as weights come from a file, after a run of the head alone
+    prepare(model, OptimConfig())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+def test_frozen_statistics_stay_frozen_while_all_else_trains() -> None:
+    model = efficientnet(frozen_norm=True).eval()
+    prepare(model, OptimConfig())
+    assert model.dropout.training
+    assert not any(layer.training for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d))
+
+
+def test_a_model_without_a_head_cannot_train_its_head() -> None:
+    with pytest.raises(UserError, match="no head"):
+        prepare(create_model("vit-ti16", num_classes=0, depth=1), OptimConfig(train="head"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import TINY
 
 from vitrail.checkpoints import load_model
 from vitrail.config.codec import to_json
@@ -84,6 +85,27 @@ def test_two_processes_equal_one_at_the_same_global_batch(tiny_run, tmp_path: Pa
             assert b["val"]["top1"] == a["val"]["top1"]
         else:
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+def test_processes_agree_on_running_statistics_before_they_are_evaluated(tiny_run, tmp_path: Path) -> None:
+    first = """
+import os, torch
+from pathlib import Path
+from vitrail.training.loop import Loop
+measure = Loop._measure
+def noted(self, val):
+    folder = Path(os.environ["NOTES"])
+    torch.save(self.parts.learner.model.state_dict(), folder / f"{self.step}-{os.environ['RANK']}.pt")
+    return measure(self, val)
+Loop._measure = noted
+"""
+    config = tiny_run("agreed", model=TINY["efficientnet"], optim__ema=0.9, loop__steps=6, loop__eval_every=3)
+    script = write_script(tmp_path, config, first=first)
+    subprocess.run(torchrun(2, script), env=environment() | {"NOTES": str(tmp_path)}, check=True, timeout=120)
+    for step in (3, 6):
+        states = [torch.load(tmp_path / f"{step}-{rank}.pt") for rank in (0, 1)]
+        for name, tensor in states[0].items():
+            torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=1e-7, msg=f"{name} after {step} updates")
 
 
 def test_several_processes_stop_together_and_go_on(tiny_run, tmp_path: Path) -> None:

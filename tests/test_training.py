@@ -14,11 +14,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import vitrail.training.loop as loop_module
 from vitrail.checkpoints import load_model, save_model
 from vitrail.checkpoints.tensors import read_tensors
+from vitrail.config.efficientnet import EfficientNetConfig
 from vitrail.config.run import RunConfig
 from vitrail.errors import Interrupted, UserError
-from vitrail.models import create_model
+from vitrail.models import build, create_model
 from vitrail.training import Callback, run_training
 
+SMALL_CONVOLUTIONS = EfficientNetConfig(
+    image_size=(16, 16), widths=(8,) * 7, depths=(1,) * 7, stem_width=8, head_width=16, num_classes=5, lite=True
+)
 FILES = ("metrics.jsonl", "last/model.safetensors", "best/model.safetensors")
 
 
@@ -202,6 +206,46 @@ def test_starting_from_weights_keeps_their_sizes_and_normalisation_and_records_t
     stored = json.loads((Path(config.out) / "config.json").read_text())["resolved"]["model"]
     assert (stored["width"], stored["depth"], stored["image_size"]) == (24, 1, [16, 16])
     assert load_model(Path(config.out) / "last").preprocessing.mean == (0.1, 0.2, 0.3)
+
+
+def test_what_a_run_says_of_dropout_and_statistics_holds_for_weights_too(tiny_run, tmp_path: Path) -> None:
+    save_model(build(SMALL_CONVOLUTIONS), tmp_path / "weights")
+    wanted = replace(SMALL_CONVOLUTIONS, dropout=0.4, drop_path=0.1, frozen_norm=True)
+    config = tiny_run(init=str(tmp_path / "weights"), loop__steps=1, model=wanted)
+    run_training(config)
+    assert load_model(Path(config.out) / "last").config == replace(wanted, num_classes=3)
+
+
+@pytest.mark.parametrize("train", ["all", "head"])
+def test_fine_tuning_changes_what_is_to_learn_and_nothing_else(tiny_run, tmp_path: Path, train: str) -> None:
+    before = build(SMALL_CONVOLUTIONS)
+    save_model(before, tmp_path / "weights")
+    config = tiny_run(
+        init=str(tmp_path / "weights"), model=SMALL_CONVOLUTIONS, loop__steps=2, optim__train=train, optim__ema=0.9
+    )
+    run_training(config)
+    after = load_model(Path(config.out) / "last")
+    changed = {name for name, tensor in after.state_dict().items() if not _same(tensor, before.state_dict().get(name))}
+    head = {"head.weight", "head.bias"}
+    assert changed == (head if train == "head" else set(after.state_dict()))
+
+
+def _same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and tensor.shape == other.shape and torch.equal(tensor, other)
+
+
+@pytest.mark.parametrize("train", ["all", "head"])
+def test_a_stopped_fine_tuning_of_convolutions_goes_on_bit_for_bit(tiny_run, tmp_path: Path, train: str) -> None:
+    """Kernels lie channels last in memory, and in a file they do not."""
+    save_model(build(SMALL_CONVOLUTIONS), tmp_path / "weights")
+    settings = {"init": str(tmp_path / "weights"), "model": SMALL_CONVOLUTIONS, "loop__steps": 6}
+    settings |= {"optim__train": train, "optim__ema": 0.9}
+    straight, stopped = tiny_run("straight", **settings), tiny_run("stopped", **settings)
+    run_training(straight)
+    with pytest.raises(Interrupted):
+        run_training(stopped, [StopAt(3)])
+    run_training(replace(stopped, resume=True))
+    assert result(stopped) == result(straight)
 
 
 def test_minutes_become_steps_once(tiny_run) -> None:

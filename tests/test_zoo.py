@@ -35,7 +35,7 @@ def test_every_model_is_counted_at_every_resolution() -> None:
         assert facts["parameters"] > 10**6
         assert len(facts["gmacs"]) == 1 + len(ALSO_AT.get(name, ()))
         assert all(value > 0 for value in facts["gmacs"].values())
-        assert facts["source"]
+        assert facts["source"].startswith("arXiv ") or name.startswith("efficientnet-lite")
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,20 @@ def test_tests_that_the_leaderboard_names_exist() -> None:
 
 def test_the_page_of_the_leaderboard_is_up_to_date() -> None:
     assert (ROOT / "docs" / "leaderboard.md").read_text(encoding="utf-8") == markdown(), "python -m vitrail.leaderboard"
+
+
+@pytest.mark.parametrize(
+    ("name", "paper"),
+    [
+        ("vit-b16", "arXiv 2010.11929"),
+        ("vit-gigantic14", "arXiv 2106.04560"),
+        ("vit-b16-21kp", "arXiv 2104.10972"),
+        ("vmoe-15b", "arXiv 2106.05974"),
+        ("cvt-13", "arXiv 2103.15808"),
+        ("coatnet-7", "arXiv 2106.04803"),
+        ("efficientnet-l2", "arXiv 1905.11946"),
+        ("efficientnet-lite0", "tensorflow/tpu"),
+    ],
+)
+def test_a_size_names_its_paper(name: str, paper: str) -> None:
+    assert describe(name)["source"] == paper

@@ -11,7 +11,26 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from vitrail.config.run import OptimConfig
+from vitrail.errors import UserError
 from vitrail.models.base import ImageModel
+
+
+def prepare(model: ImageModel, config: OptimConfig) -> None:
+    """Put the model into the state to train in: what learns, and in which mode it answers.
+
+    With `train="head"` the body is frozen and the whole model stays in evaluation mode: BatchNorm keeps its statistics,
+    and dropout, whose noise is there to regularise the body, is off. No gradient is computed behind the head, as
+    nothing there asks for one.
+
+    Raises:
+        UserError: When only the head is to learn and the model has none.
+    """
+    head_only = config.train == "head"
+    if head_only and model.config.num_classes == 0:
+        raise UserError("--optim.train head: this model has no head; give it classes with num_classes=.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not head_only or name.startswith("head."))
+    model.train(not head_only)
 
 
 def parameter_groups(model: ImageModel, config: OptimConfig) -> list[dict[str, Any]]:
@@ -25,7 +44,7 @@ def parameter_groups(model: ImageModel, config: OptimConfig) -> list[dict[str, A
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim in (2, 4)
+        decays = parameter.ndim > 1 and name.endswith(".weight")
         distance = top - model.depth_of(name) if config.layer_decay < 1 else 0
         group = groups.setdefault(
             (decays, distance),

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, NoReturn
 
@@ -116,6 +116,16 @@ def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+@torch.no_grad()
+def mean_statistics(tensors: Iterable[torch.Tensor]) -> None:
+    """Replace running statistics, which each process gathers of its own pictures, by their mean over processes."""
+    if world_size() > 1:
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                dist.all_reduce(tensor)
+                tensor /= world_size()
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

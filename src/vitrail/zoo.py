@@ -102,7 +102,7 @@ def source_of(config: ModelConfig) -> str:
             return "arXiv 2103.15808"
         case CoAtNetConfig():
             return "arXiv 2106.04803"
-        case EfficientNetConfig(squeeze=0.0):
+        case EfficientNetConfig(lite=True):
             return "tensorflow/tpu"
         case EfficientNetConfig():
             return "arXiv 1905.11946"

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,15 @@ from vitrail.checkpoints.folder import CONFIG, WEIGHTS, load_folder, save_model
 from vitrail.checkpoints.foreign import (
     CONVENTIONS,
     SUFFIXES,
-    WRITTEN,
     from_arrays,
     names_for,
     read_arrays,
     require_written,
-    table_of,
     to_arrays,
+    untold,
     write_arrays,
 )
 from vitrail.checkpoints.hub import is_hub_source, load_from_hub
-from vitrail.checkpoints.names import Hints
 from vitrail.checkpoints.packages import PACKAGES, load_packaged
 from vitrail.checkpoints.storage import standing
 from vitrail.config.model import ALIASES, model_config
@@ -30,8 +27,6 @@ from vitrail.models import ImageModel
 
 __all__ = ["CONVENTIONS", "adapt", "convert", "export_names", "load_folder", "load_model", "save_model"]
 
-_OF_TRAINING = ("dropout", "drop_path", "head_bias", "frozen_norm")
-"""Settings that decide nothing once the weights are made."""
 _log = logging.getLogger("vitrail")
 
 
@@ -63,8 +58,9 @@ def load_model(
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         return load_folder(path.parent, **overrides)
     if path.is_file():
-        model, table = from_arrays(read_arrays(path, allow_pickle=allow_pickle), overrides, str(path))
-        return with_overrides(model, overrides, position_resize=table.position_resize)
+        return with_overrides(
+            from_arrays(read_arrays(path, allow_pickle=allow_pickle), overrides, str(path)), overrides
+        )
     name = ALIASES.get(str(source), str(source))
     if name in PACKAGES:
         return with_overrides(load_packaged(name), overrides)
@@ -77,8 +73,8 @@ def export_names(model: ImageModel, path: str | Path, names: str | None = None) 
     Args:
         model: The model. What arrays cannot hold, as labels and preprocessing, is left behind.
         path: The file to write: `.npz`, `.safetensors`, `.pth`, or the `.index` of a V-MoE checkpoint.
-        names: One of `CONVENTIONS`: "vit", "big-vision", "vmoe", "timm", "hf", ...; None takes the first that has names
-            for such a model.
+        names: One of `CONVENTIONS`: "vit", "big-vision", "vmoe", "timm", "hf", ...; None takes those that leave the
+            least untold about such a model.
 
     Returns:
         The names it was written under.
@@ -90,12 +86,8 @@ def export_names(model: ImageModel, path: str | Path, names: str | None = None) 
     require_written(path)
     names = names or names_for(model)
     arrays = to_arrays(model, names)
-    hints = Hints(image_size=model.config.image_size, heads=getattr(model.config, "heads", None))
-    config, _ = table_of(arrays, str(path)).to_ours(arrays, hints=hints, source=str(path))
-    for field in fields(config):
-        ours, read = getattr(model.config, field.name), getattr(config, field.name)
-        if ours != read and field.name not in _OF_TRAINING:
-            _log.warning("%s cannot say that the model has %s=%r; tell whoever loads it.", path, field.name, ours)
+    for setting, value in untold(model, arrays).items():
+        _log.warning("%s cannot say that the model has %s=%r; tell whoever loads it.", path, setting, value)
     write_arrays(path, arrays)
     return names
 
@@ -114,7 +106,7 @@ def convert(
     Args:
         source: As `load_model` takes it.
         dest: A folder; or a file, whose suffix says its format, as `export_names` writes it.
-        names: Names to write a file under; None takes the first that has names for such a model.
+        names: Names to write a file under; None takes those that leave the least untold about such a model.
         allow_pickle: As in `load_model`.
         offline: As in `load_model`.
         **overrides: As in `load_model`.
@@ -126,15 +118,16 @@ def convert(
         UserError: When the source cannot be read, or the destination not written.
     """
     dest = Path(dest)
+    to_file = dest.suffix in SUFFIXES or names is not None
+    if to_file:
+        require_written(dest)
     model = load_model(source, allow_pickle=allow_pickle, offline=offline, **overrides)
     facts: dict[str, Any] = {"source": str(source)}
     if Path(source).is_file():
         with open(source, "rb") as file:
             facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    if dest.suffix in WRITTEN:
+    if to_file:
         facts["names"] = export_names(model, dest, names)
-    elif names is not None or dest.suffix in SUFFIXES:
-        require_written(dest)
     else:
         save_model(model, dest, recipe={"converted": dict(facts)})
     parameters = sum(parameter.numel() for parameter in model.parameters())

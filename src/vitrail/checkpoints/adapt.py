@@ -7,8 +7,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from vitrail.checkpoints.assemble import assemble, empty_model
-from vitrail.config.codec import from_json, to_json
-from vitrail.config.model import FAMILIES, ModelConfig
+from vitrail.config.model import FAMILIES, ModelConfig, override
 from vitrail.config.preprocessing import Preprocessing
 from vitrail.errors import UserError, did_you_mean
 from vitrail.layers.embedding import PositionResize
@@ -29,13 +28,8 @@ def check_overrides(overrides: Mapping[str, object]) -> None:
         raise UserError(f"position_resize must be one of {', '.join(get_args(PositionResize))}, not {method!r}.")
 
 
-def with_overrides(
-    model: ImageModel, overrides: Mapping[str, object], position_resize: PositionResize = "official"
-) -> ImageModel:
-    """Return the model with the keywords of `load_model` applied; it takes over the tensors of `model`.
-
-    `position_resize` is the method of the weights' own source, used when the keywords name none.
-    """
+def with_overrides(model: ImageModel, overrides: Mapping[str, object]) -> ImageModel:
+    """Return the model with the keywords of `load_model` applied; it takes over the tensors of `model`."""
     check_overrides(overrides)
     config = model.config
     own = {field.name for field in fields(config)}
@@ -43,14 +37,12 @@ def with_overrides(
     for key in changes:
         if key not in own:
             raise UserError(f"a {type(model).__name__} has no {key!r}.{did_you_mean(key, own)}")
-    wanted = _changed(config, changes)
+    wanted = override(config, changes)
     settings = {key: getattr(wanted, key) for key in changes if key not in SHAPES}
     if settings:
         model = _with_settings(model, replace(config, **settings), settings)
     shapes = {key: getattr(wanted, key) for key in SHAPES if key in overrides}
     method: Any = overrides.get("position_resize")
-    if method is None and "image_size" in shapes:
-        method = position_resize
     return adapt(model, **shapes, position_resize=method)
 
 
@@ -62,7 +54,7 @@ def _with_settings(model: ImageModel, config: ModelConfig, settings: Mapping[str
             f"{', '.join(f'{key}={value!r}' for key, value in settings.items())} does not fit the weights that were "
             "loaded: only what changes no tensor can be given, and image_size, num_classes, channels."
         )
-    return _described(assemble(config, state, "the model"), model.preprocessing, model.labels, model.multi_label)
+    return _described(assemble(config, state, "the model"), model, model.preprocessing, model.labels)
 
 
 def adapt(
@@ -84,7 +76,7 @@ def adapt(
         channels: 3 to 1 sums the first kernel over the channels, 1 to 3 spreads it evenly: a grey picture gives
             the same answer either way, when all channels are normalised alike.
         labels: Class names. Others than those the model knows bring a fresh head, even where their number is the same.
-        position_resize: Whose method resizes positions; "official" if None.
+        position_resize: Whose method resizes positions; that of the weights' source if None.
 
     Raises:
         UserError: When a value is impossible.
@@ -98,9 +90,9 @@ def adapt(
 
     config, state, preprocessing = model.config, dict(model.state_dict()), model.preprocessing
     changes = {"image_size": image_size, "channels": channels}
-    target = _changed(config, {key: value for key, value in changes.items() if value is not None})
+    target = override(config, {key: value for key, value in changes.items() if value is not None})
     if target.image_size != config.image_size:
-        model.resize_tables(state, target.image_size, position_resize or "official")
+        model.resize_tables(state, target.image_size, position_resize or model.position_resize)
     if target.channels != config.channels:
         _change_channels(state, model, target.channels)
         preprocessing = replace(preprocessing, mean=_grey(preprocessing.mean), std=_grey(preprocessing.std))
@@ -114,7 +106,9 @@ def adapt(
     if target == config and names == model.labels and same_head:
         return model
     adapted = assemble(target, state, "the model")
-    return _described(adapted, preprocessing, names, model.multi_label and same_head)
+    adapted = _described(adapted, model, preprocessing, names)
+    adapted.multi_label = model.multi_label and same_head
+    return adapted
 
 
 def _change_channels(state: dict[str, Tensor], model: ImageModel, new: int) -> None:
@@ -154,12 +148,8 @@ def _grey(values: tuple[float, ...]) -> tuple[float, ...]:
     return values if len(set(values)) == 1 else (sum(values) / len(values),)
 
 
-def _changed(config: ModelConfig, changes: Mapping[str, object]) -> ModelConfig:
-    """Return `config` with changes, every one checked for its type. One number stands for both sides of a size."""
-    pairs = {key: (value, value) for key, value in changes.items() if key == "image_size" and isinstance(value, int)}
-    return from_json(type(config), to_json(config) | dict(changes) | pairs)
-
-
-def _described(model: ImageModel, preprocessing: Preprocessing, labels: Sequence[str], multi_label: bool) -> ImageModel:
-    model.preprocessing, model.labels, model.multi_label = preprocessing, tuple(labels), multi_label
-    return model
+def _described(model: ImageModel, like: ImageModel, preprocessing: Preprocessing, labels: Sequence[str]) -> ImageModel:
+    """Return the model with what no tensor holds, and in the mode of the one that it is made from."""
+    model.preprocessing, model.labels, model.multi_label = preprocessing, tuple(labels), like.multi_label
+    model.position_resize = like.position_resize
+    return model.train(like.training)

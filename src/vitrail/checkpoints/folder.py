@@ -57,6 +57,7 @@ def save_model(
         "vitrail": __version__,
         "model": to_json(model.config),
         "preprocessing": to_json(model.preprocessing),
+        "position_resize": model.position_resize,
         "labels": list(model.labels),
         "multi_label": model.multi_label,
         "metrics": _plain(metrics),
@@ -102,6 +103,7 @@ def load_folder(folder: str | Path, **overrides: Any) -> ImageModel:
     model = assemble(config, read_tensors(weights), weights)
     model.preprocessing = from_json(Preprocessing, document["preprocessing"], "preprocessing")
     model.labels, model.multi_label = tuple(document["labels"]), document["multi_label"]
+    model.position_resize = document.get("position_resize", "official")  # not in the oldest folders
     return with_overrides(model, overrides)
 
 

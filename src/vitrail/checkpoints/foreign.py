@@ -1,6 +1,7 @@
 """Weight files of others: read into arrays by their suffix, recognised by their names, and written again."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ WRITTEN = (".npz", ".safetensors", ".pth", ".index")
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".npz", ".safetensors", ".index", *PICKLES)
 """Of the files that may hold weights."""
+OF_TRAINING = (
+    *("dropout", "drop_path", "head_bias", "frozen_norm", "expert_dropout"),
+    *("train_capacity_factor", "noise_std", "importance_loss", "load_loss"),
+)
+"""Settings that decide nothing once the weights are made."""
 MAX_RATIO = 20
 """Weights hardly compress; a file that unpacks to more than this many times its size is a trap, not a model."""
 FREE_BYTES = 16_000_000
@@ -97,8 +103,8 @@ def table_of(arrays: Arrays, source: str) -> NameTable:
     )
 
 
-def from_arrays(arrays: Arrays, overrides: Mapping[str, Any], source: str) -> tuple[ImageModel, NameTable]:
-    """Return the model that foreign arrays stand for, before any override, and the table that read them."""
+def from_arrays(arrays: Arrays, overrides: Mapping[str, Any], source: str) -> ImageModel:
+    """Return the model that foreign arrays stand for, before any override that they can do without."""
     table = table_of(arrays, source)
     hints = Hints(image_size=_pair(overrides.get("image_size")), heads=_heads(overrides.get("heads")))
     try:
@@ -106,13 +112,35 @@ def from_arrays(arrays: Arrays, overrides: Mapping[str, Any], source: str) -> tu
     except UserError as problem:  # sizes that no configuration allows do not know where they come from
         raise problem if source in str(problem) else UserError(f"{source}: {problem}") from problem
     model = assemble(config, state, source)
-    model.preprocessing = table.preprocessing(config)
-    return model, table
+    model.preprocessing, model.position_resize = table.preprocessing(config), table.position_resize
+    return model
 
 
 def names_for(model: ImageModel) -> str:
-    """Return the first convention that has names for a model of this family."""
-    return next(table.name for table in TABLES if table.family is type(model.config))
+    """Return the convention whose files leave the least to be said about a model of this family.
+
+    Raises:
+        UserError: When no convention has a place for such a model.
+    """
+    reasons: list[UserError] = []
+    untold_by: dict[str, int] = {}
+    for table in TABLES:
+        if table.family is type(model.config):
+            try:
+                untold_by[table.name] = len(untold(model, table.from_ours(model)))
+            except UserError as reason:
+                reasons.append(reason)
+    if not untold_by:
+        raise reasons[0]
+    return min(untold_by, key=lambda name: untold_by[name])
+
+
+def untold(model: ImageModel, arrays: Arrays) -> dict[str, object]:
+    """Return the settings of a model that whoever reads its foreign arrays will not know, with their values."""
+    hints = Hints(image_size=model.config.image_size, heads=getattr(model.config, "heads", None))
+    read, _ = table_of(arrays, "the file").to_ours(arrays, hints=hints)
+    settings = {field.name: getattr(model.config, field.name) for field in fields(read)}
+    return {name: value for name, value in settings.items() if name not in OF_TRAINING and value != getattr(read, name)}
 
 
 def to_arrays(model: ImageModel, names: str) -> dict[str, np.ndarray]:

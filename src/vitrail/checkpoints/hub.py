@@ -116,10 +116,10 @@ def load_files(files: HubFiles, overrides: Mapping[str, Any]) -> ImageModel:
     settings = foreign_settings(files.config, files.preprocessor, source)
     said = {**settings.overrides, **{key: value for key, value in overrides.items() if key not in SHAPES}}
     view = settings.preprocessing
-    model, table = from_arrays(read_weights(files), {"image_size": view and view.image_size, **said}, source)
+    model = from_arrays(read_weights(files), {"image_size": view and view.image_size, **said}, source)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     try:
-        described = with_overrides(model, said, position_resize=table.position_resize)
+        described = with_overrides(model, said)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     if {name: tensor.shape for name, tensor in described.state_dict().items()} != shapes:
@@ -129,7 +129,7 @@ def load_files(files: HubFiles, overrides: Mapping[str, Any]) -> ImageModel:
         )
     _describe(described, settings, files)
     evaluated = {"image_size": view.image_size} if view else {}
-    return with_overrides(described, {**evaluated, **overrides}, position_resize=table.position_resize)
+    return with_overrides(described, {**evaluated, **overrides})
 
 
 def _describe(model: ImageModel, settings: ForeignSettings, files: HubFiles) -> None:

@@ -52,7 +52,7 @@ def convert(
     *,
     names: str | None = None,
     image_size: int | None = None,
-    heads: int | None = None,
+    heads: tuple[int, ...] | None = None,
     gelu: Literal["tanh", "erf", "quick"] | None = None,
     allow_pickle: bool = False,
     offline: bool = False,
@@ -64,9 +64,9 @@ def convert(
         source: Model folder, weight file, model name with weights at hand, hf:ID or timm:ID.
         dest: Folder for a Vitrail model; or a file: .npz, .safetensors, .pth, or .index (V-MoE).
         names: For a file, whose names to write: vit, vit-published, big-vision, vmoe, timm, hf, cvt or
-            efficientnet-pytorch; default: the first that has names for such a model.
+            efficientnet-pytorch; default: those that leave the least untold about such a model.
         image_size: Resize positions to this picture size.
-        heads: Attention heads, where the file cannot tell.
+        heads: Attention heads, where the file cannot tell; one number per stage for CvT.
         gelu: Flavour of GELU, where the file cannot tell.
         allow_pickle: Read a PyTorch file (.pth, .bin); nothing in it is executed.
         offline: Take hf: and timm: models from the cache alone.
@@ -74,7 +74,8 @@ def convert(
     """
     from vitrail.checkpoints import convert as bring
 
-    given: dict[str, Any] = {"image_size": image_size, "heads": heads, "gelu": gelu}
+    each = heads[0] if heads is not None and len(heads) == 1 else heads
+    given: dict[str, Any] = {"image_size": image_size, "heads": each, "gelu": gelu}
     overrides = {key: value for key, value in given.items() if value is not None}
     facts = bring(source, dest, names=names, allow_pickle=allow_pickle, offline=offline, **overrides)
     if json:

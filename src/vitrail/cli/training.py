@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vitrail.cli.console import Console, print_json, two_columns
+from vitrail.config.efficientnet import EfficientNetConfig
+from vitrail.config.model import model_config
 from vitrail.config.run import RunConfig
 from vitrail.errors import UserError
 
@@ -55,34 +57,82 @@ def train(arguments: Sequence[str]) -> int:
 
     if not arguments or arguments[0] in ("-h", "--help"):
         return _list_presets(PRESETS)
-    name = arguments[0]
+    name, flags = arguments[0], list(arguments[1:])
     chosen = preset(name)
     description = f"{chosen.purpose[:1].upper()}{chosen.purpose[1:]}. {chosen.measured}".strip()
+    start = _with_model(chosen.config, model=_take_out(flags, "--model"), init=_given(flags, "--init"))
 
     def run(
-        config: Annotated[RunConfig, tyro.conf.arg(name="")] = chosen.config,
+        config: Annotated[RunConfig, tyro.conf.arg(name="")] = start,
         json: Annotated[bool, tyro.conf.arg(help="Print one JSON document on stdout.")] = False,
     ) -> int:
         if chosen.needs_init and config.init is None and not config.resume:
             raise UserError(
-                f"preset {name!r} starts from pretrained weights: name a model folder or an official ViT .npz with "
-                "--init. Without weights at hand, preset 'photos' trains from scratch."
+                f"preset {name!r} starts from pretrained weights: name a model folder, a weight file or a model with "
+                "weights at hand with --init. Without weights, preset 'photos' trains from scratch."
             )
         return _train(replace(config, out=config.out or str(_run_folder(name, config.resume))), json=json)
 
     return tyro.cli(
         run,
-        args=list(arguments[1:]),
+        args=flags,
         prog=f"vitrail train {name}",
-        description=description,
+        description=f"{description} --model NAME puts a model of `vitrail models` in place of the preset's.",
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def _with_model(config: RunConfig, *, model: str | None, init: str | None) -> RunConfig:
+    """Return a preset's settings with the model that `--model` or `--init` brings, for `--model.*` to refine.
+
+    The preset's picture size, and what else it says of its model, was chosen for its own weights: others come with
+    what they were made with. Only whether statistics are frozen is about learning, and stays as the preset has it.
+
+    Raises:
+        UserError: When both bring a model, or there is none of that name.
+    """
+    if model is not None:
+        if (weights := init or config.init) not in (None, "None"):
+            raise UserError(
+                f"--model {model} is a model to train from scratch, but this run starts from {weights}, which brings "
+                "its own. Leave --model out, or take a preset without weights, such as 'photos'."
+            )
+        return replace(config, model=model_config(model, channels=config.model.channels))
+    if config.init is not None and init not in (None, "None", config.init):
+        from vitrail.checkpoints import load_model
+
+        theirs = load_model(init).config
+        if isinstance(theirs, EfficientNetConfig) and isinstance(config.model, EfficientNetConfig):
+            theirs = replace(theirs, frozen_norm=config.model.frozen_norm)
+        return replace(config, model=theirs)
+    return config
+
+
+def _given(flags: Sequence[str], name: str) -> str | None:
+    """Return the value of a flag, the last where it stands several times."""
+    return _take_out(list(flags), name)
+
+
+def _take_out(flags: list[str], name: str) -> str | None:
+    """Remove a flag, `--name value` or `--name=value`, and return its value, the last where it stands several times."""
+    value = None
+    for i in reversed(range(len(flags))):
+        key, equals, behind = flags[i].partition("=")
+        if key != name:
+            continue
+        if not equals and (i + 1 == len(flags) or flags[i + 1].startswith("--")):
+            raise UserError(f"{name} needs a value.")
+        found = behind if equals else flags[i + 1]
+        value = found if value is None else value
+        del flags[i : i + 1 if equals else i + 2]
+    return value
 
 
 def _list_presets(presets: dict[str, Any]) -> int:
     console = Console()
     console.print(
-        "vitrail train PRESET --data PATH [--out DIR] [--resume] [--init FILE] [--minutes N] ...\n", markup=False
+        "vitrail train PRESET --data PATH [--out DIR] [--resume] [--init WEIGHTS] [--model NAME] [--minutes N] ...\n",
+        markup=False,
     )
     console.print(two_columns({name: each.purpose for name, each in presets.items()}))
     console.print("\n`vitrail train PRESET --help` lists every setting.", markup=False)

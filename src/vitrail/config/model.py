@@ -3,10 +3,11 @@
 A new size is one row in its family's file; a new family is one more configuration class in `ModelConfig`.
 """
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import get_args
 
 from vitrail.config.coatnet import COATNETS, CoAtNetConfig
+from vitrail.config.codec import from_json, to_json
 from vitrail.config.cvt import CVTS, CvTConfig
 from vitrail.config.efficientnet import EFFICIENTNETS, EfficientNetConfig
 from vitrail.config.vit import VITS, ViTConfig, vit_of_any_patch
@@ -64,9 +65,8 @@ def override(config: ModelConfig, overrides: dict[str, object]) -> ModelConfig:
     for key in overrides:
         if key not in known:
             raise UserError(f"{type(config).__name__} has no setting {key!r}.{did_you_mean(key, known)}")
-    sizes = {
-        key: (value, value)
-        for key, value in overrides.items()
-        if key in ("image_size", "patch_size") and isinstance(value, int)
-    }
-    return replace(config, **(overrides | sizes))  # pyright: ignore[reportArgumentType]
+    given = {key: to_json(value) for key, value in overrides.items()}
+    for key in given.keys() & {"image_size", "patch_size"}:
+        if type(given[key]) is int:
+            given[key] = (given[key], given[key])
+    return from_json(type(config), to_json(config) | given)

@@ -6,6 +6,8 @@ from typing import Any, Literal, cast
 
 from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Fit, Interpolation
+from vitrail.config.recipes import LossConfig, SamConfig
+from vitrail.config.semantic import SemanticConfig
 from vitrail.config.vit import ViTConfig
 from vitrail.errors import UserError
 
@@ -96,23 +98,11 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SupervisedConfig:
+class SupervisedConfig(LossConfig):
     """Supervised learning from labelled pictures."""
 
-    loss: Literal["auto", "softmax", "sigmoid"] = "auto"
-    """`auto`: softmax cross-entropy, sigmoid when pictures carry several labels."""
-    label_smoothing: float = 0.0
-    """Share of the target spread over all classes."""
-    class_weights: Literal["none", "auto"] = "none"
-    """`auto`: weigh each class by the inverse of its number of training pictures, mean 1 over the pictures."""
 
-    def __post_init__(self) -> None:
-        _require_finite(self, "recipe.")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"--recipe.label-smoothing must lie in [0, 1), not {self.label_smoothing}.")
-
-
-RecipeConfig = SupervisedConfig  # becomes a union with the second recipe
+RecipeConfig = SupervisedConfig | SamConfig | SemanticConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +111,8 @@ class OptimConfig:
 
     name: Literal["adamw", "sgd"] = "adamw"
     """AdamW (decoupled weight decay) or SGD with momentum."""
+    train: Literal["all", "head"] = "all"
+    """`head`: only the head learns; the body answers as in evaluation, and nothing in it changes."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
@@ -219,7 +211,9 @@ class RunConfig:
     out: str | None = None
     """Folder of the run; default: runs/PRESET, or runs/PRESET-2 and so on when that exists; to resume, the last one."""
     init: str | None = None
-    """Weights to start from: a model folder or weight file. The head is replaced when classes differ."""
+    """Weights to start from: a model folder, a weight file, or a name with weights at hand. They bring their model; the
+    head is replaced when classes differ. In place of a preset's own weights they bring their picture size, too, where
+    --model.image-size says nothing else."""
     resume: bool = False
     """Continue the run in `--out` exactly where its last good checkpoint stands."""
     minutes: float | None = None

@@ -11,17 +11,16 @@ from torch.nn import functional as F
 PositionResize = Literal["official", "timm", "timm-npz", "hf"]
 
 
-def sincos_positions(rows: int, columns: int, width: int) -> Float[Tensor, "1 n d"]:
+def sincos_positions(rows: int, columns: int, width: int, device: torch.device | None = None) -> Float[Tensor, "1 n d"]:
     """Return fixed 2-D positions (big_vision `posemb_sincos_2d`; MoCo v3, arXiv 2104.02057).
 
     A quarter of the width each for sin x, cos x, sin y, cos y; frequencies fall from 1 to 1/10000.
     """
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     quarter = width // 4
-    omega = 1.0 / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / max(quarter - 1, 1))
-    angle_x, angle_y = (axis.flatten()[:, None].double() * omega for axis in (x, y))
-    table = torch.cat([angle_x.sin(), angle_x.cos(), angle_y.sin(), angle_y.cos()], dim=1)
-    return table[None].float()
+    omega = 10_000 ** (torch.arange(quarter, device=device) / -max(quarter - 1, 1))
+    angle_x, angle_y = (axis.flatten()[:, None] * omega for axis in (x, y))
+    return torch.cat([angle_x.sin(), angle_x.cos(), angle_y.sin(), angle_y.cos()], dim=1)[None]
 
 
 def resize_positions(

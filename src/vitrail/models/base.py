@@ -26,10 +26,7 @@ class WithLoss(NamedTuple):
 
 
 class ImageModel(nn.Module, ABC, Generic[Config]):
-    """An image classifier. Runs, reports and exports use only what stands here.
-
-    The layer that gives the logits is called `head`; with `num_classes` 0 there is none.
-    """
+    """An image classifier. Runs, reports and exports use only what stands here."""
 
     config: Config
     preprocessing: Preprocessing
@@ -38,6 +35,10 @@ class ImageModel(nn.Module, ABC, Generic[Config]):
     """Class names in the order of the logits; empty when unknown."""
     multi_label: bool
     """Whether a picture may carry several labels (independent sigmoids) instead of one (softmax)."""
+    head: nn.Linear | None
+    """The layer that gives the logits; None with `num_classes` 0."""
+    position_resize: PositionResize
+    """How tables of positions are resized to other picture sizes; the weights' own source decides."""
     input_kernel: str
     """State-dict name of the convolution kernel that reads the picture."""
     input_kernel_sums = True
@@ -49,6 +50,7 @@ class ImageModel(nn.Module, ABC, Generic[Config]):
         self.preprocessing = Preprocessing(image_size=config.image_size, channels=config.channels)
         self.labels = ()
         self.multi_label = False
+        self.position_resize = "official"
 
     @abstractmethod
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
@@ -58,12 +60,13 @@ class ImageModel(nn.Module, ABC, Generic[Config]):
     def feature_map(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
         """Return the last features that still have a place in the picture, before pooling."""
 
-    @abstractmethod
     def forward(self, images: Float[Tensor, "b c h w"]) -> Tensor | WithLoss:
-        """Return logits [b classes] for normalised pictures; while training, with the model's own loss if it has one.
+        """Return logits [b classes] for normalised pictures, features where there is no head.
 
-        In evaluation mode the answer is always the logits alone.
+        While training, a model with a loss of its own answers with it; in evaluation mode with the logits alone.
         """
+        features = self.features(images)
+        return features if self.head is None else self.head(features)
 
     @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:

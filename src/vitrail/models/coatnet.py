@@ -130,10 +130,6 @@ class CoAtNet(ImageModel[CoAtNetConfig]):
         self.pre_logits = nn.Linear(width, width)
         self.head = nn.Linear(width, config.num_classes) if config.num_classes else None
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
-        features = self.features(images)
-        return features if self.head is None else self.head(features)
-
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         pooled = self.feature_map(images).mean(dim=(2, 3))
         return torch.tanh(self.pre_logits(self.norm(pooled)))

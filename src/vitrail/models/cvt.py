@@ -9,7 +9,7 @@ divided by the root of the token's width, not of the head's, and GELU is x * sig
 """
 
 from collections.abc import Iterator
-from typing import final
+from typing import cast, final
 
 import torch
 from einops import rearrange
@@ -145,7 +145,7 @@ class Stage(nn.Module):
 
     def blocks(self) -> list[Block]:
         """Return the blocks, input to output."""
-        return [block for block in self.encoder if isinstance(block, Block)]
+        return cast(list[Block], list(self.encoder))
 
 
 @final
@@ -159,10 +159,6 @@ class CvT(ImageModel[CvTConfig]):
         self.stages = nn.ModuleList(Stage(config, stage) for stage in range(len(config.widths)))
         self.norm = nn.LayerNorm(config.widths[-1])
         self.head = nn.Linear(config.widths[-1], config.num_classes) if config.num_classes else None
-
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
-        features = self.features(images)
-        return features if self.head is None else self.head(features)
 
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         return self.tokens(images)[0][:, 0]

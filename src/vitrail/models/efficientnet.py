@@ -10,7 +10,7 @@ bias. Weights trained so do not work with symmetric padding, nor the other way r
 
 import math
 from itertools import pairwise
-from typing import final
+from typing import cast, final
 
 import torch
 from jaxtyping import Float
@@ -112,7 +112,7 @@ class EfficientNet(ImageModel[EfficientNetConfig]):
         return self
 
     def blocks(self) -> list[MBConv]:
-        return [block for block in self.stages.modules() if isinstance(block, MBConv)]
+        return [cast(MBConv, block) for stage in self.stages for block in stage.children()]
 
     def depth_of(self, name: str) -> int:
         root, *rest = name.split(".")

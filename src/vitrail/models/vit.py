@@ -7,6 +7,7 @@ A hybrid takes its patches from the features of a ResNet (section 3.1): `stem`.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -21,24 +22,30 @@ from vitrail.layers.feedforward import FeedForward
 from vitrail.layers.initial import lecun_normal
 from vitrail.layers.residual import DropPath
 from vitrail.layers.resnet import ResNet
-from vitrail.models.base import ImageModel, WithLoss
+from vitrail.models.base import ImageModel
 
 
 class Block(nn.Module):
     """Pre-norm Transformer encoder block (section 3.1, equations 2 and 3)."""
 
-    def __init__(self, config: ViTConfig, drop_path: float) -> None:
+    def __init__(self, config: ViTConfig, drop_path: float, mlp: Any = None) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config.width, config.heads, qkv_bias=config.qkv_bias)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.mlp = FeedForward(config.width, config.mlp_dim, gelu=config.gelu, dropout=config.dropout)
+        if mlp is None:
+            mlp = FeedForward(config.width, config.mlp_dim, gelu=config.gelu, dropout=config.dropout)
+        self.mlp = mlp
         self.dropout = nn.Dropout(config.dropout)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        x = x + self.drop_path(self.dropout(self.attention(self.norm1(x))))
+        x = self.attended(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def attended(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Return the first half of the block (equation 2)."""
+        return x + self.drop_path(self.dropout(self.attention(self.norm1(x))))
 
     def init_weights(self) -> None:
         self.norm1.reset_parameters()
@@ -71,7 +78,7 @@ class ViT(ImageModel[Config]):
             self.positions = nn.Parameter(torch.empty(1, rows + (config.positions == "learned"), width))
         self.dropout = nn.Dropout(config.dropout)
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.encoder = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.encoder = nn.ModuleList(self.make_block(number, rate) for number, rate in enumerate(rates))
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.attention_pool = None
         if config.pool == "map":
@@ -81,9 +88,9 @@ class ViT(ImageModel[Config]):
         self.pre_logits = nn.Linear(width, config.pre_logits) if config.pre_logits else None
         self.head = nn.Linear(config.pre_logits or width, config.num_classes) if config.num_classes else None
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Tensor | WithLoss:
-        features = self.features(images)
-        return features if self.head is None else self.head(features)
+    def make_block(self, number: int, drop_path: float) -> Block:
+        """Return a fresh block of the encoder, told its number and its rate of stochastic depth."""
+        return Block(self.config, drop_path)
 
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         return self.pooled(self.tokens(images))
@@ -128,14 +135,16 @@ class ViT(ImageModel[Config]):
     def position_rows(self, grid: tuple[int, int]) -> tuple[Float[Tensor, "1 1 d"] | None, Float[Tensor, "1 n d"]]:
         """Return the class token's position, where it has one, and those of a grid of patches, resized if need be."""
         if self.positions is None:
-            table = sincos_positions(*grid, self.config.width)
-            return None, table.to(self.patch_embed.weight.device)
+            return None, sincos_positions(*grid, self.config.width, self.patch_embed.weight.device)
         if self.config.positions == "learned":
-            return self.positions[:, :1], resize_positions(self.positions[:, 1:], self.config.grid, grid)
-        return None, resize_positions(self.positions, self.config.grid, grid)
+            return self.positions[:, :1], self._resized(self.positions[:, 1:], grid)
+        return None, self._resized(self.positions, grid)
+
+    def _resized(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
+        return resize_positions(table, self.config.grid, grid, self.position_resize)
 
     def blocks(self) -> list[Block]:
-        return [block for block in self.encoder if isinstance(block, Block)]
+        return cast(list[Block], list(self.encoder))
 
     def depth_of(self, name: str) -> int:
         root, *rest = name.split(".")

@@ -19,14 +19,10 @@ from vitrail.models.vit import Block, ViT
 class MixtureBlock(Block):
     """Encoder block with a mixture of experts. It also tells where the tokens went."""
 
-    def __init__(self, config: ViTMoEConfig, drop_path: float) -> None:
-        super().__init__(config, drop_path)
-        self.mlp = MixtureOfExperts(config)
-
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Tensor, "b n d"]
     ) -> tuple[Float[Tensor, "b n d"], Routing]:
-        x = x + self.drop_path(self.dropout(self.attention(self.norm1(x))))
+        x = self.attended(x)
         y, routing = self.mlp(self.norm2(x))
         return x + self.drop_path(y), routing
 
@@ -38,10 +34,10 @@ class ViTMoE(ViT[ViTMoEConfig]):
     In training it answers `WithLoss`: the logits, and the weighted losses that keep the experts evenly busy.
     """
 
-    def __init__(self, config: ViTMoEConfig) -> None:
-        super().__init__(config)
-        for number in config.moe_layers:
-            self.encoder[number] = MixtureBlock(config, self.blocks()[number].drop_path.rate)
+    def make_block(self, number: int, drop_path: float) -> Block:
+        if number not in self.config.moe_layers:
+            return super().make_block(number, drop_path)
+        return MixtureBlock(self.config, drop_path, MixtureOfExperts(self.config))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Tensor | WithLoss:
         tokens, routings = self.encode(images)
@@ -59,7 +55,7 @@ class ViTMoE(ViT[ViTMoEConfig]):
         """
         x, routings = self.embed(images), {}
         for number, block in enumerate(self.encoder):
-            if isinstance(block, MixtureBlock):
+            if number in self.config.moe_layers:
                 x, routings[number] = block(x)
             else:
                 x = block(x)
@@ -73,6 +69,6 @@ class ViTMoE(ViT[ViTMoEConfig]):
 
     def attention(self, images: Float[Tensor, "b c h w"]) -> Iterator[Float[Tensor, "b heads n n"]]:
         x = self.embed(images)
-        for block in self.blocks():
+        for number, block in enumerate(self.blocks()):
             yield block.attention.weights(block.norm1(x))
-            x = block(x)[0] if isinstance(block, MixtureBlock) else block(x)
+            x = block(x)[0] if number in self.config.moe_layers else block(x)

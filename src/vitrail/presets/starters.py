@@ -1,5 +1,8 @@
 """Presets to begin with: they run anywhere, from the pictures alone or from weights at hand."""
 
+from dataclasses import replace
+
+from vitrail.config.efficientnet import EFFICIENTNETS
 from vitrail.config.run import AugmentConfig, InputConfig, LoopConfig, OptimConfig, RunConfig, SupervisedConfig
 from vitrail.config.vit import ViTConfig
 from vitrail.presets.base import Preset
@@ -79,15 +82,17 @@ PHOTOS = Preset(
 )
 
 FINETUNE = Preset(
-    purpose="fine-tune pretrained weights (--init FILE) on a folder of one's own photos",
+    purpose="fine-tune EfficientNet-Lite0, or other pretrained weights (--init), on a folder of one's own photos",
     needs_init=True,
     config=RunConfig(
-        model=ViTConfig(image_size=(224, 224)),
+        init="efficientnet-lite0",
+        # A few pictures per batch say little of a feature's mean and variance; ImageNet has settled them.
+        model=replace(EFFICIENTNETS["efficientnet-lite0"], image_size=(160, 160), frozen_norm=True),
         augment=AugmentConfig(crop="resized", crop_area=(0.35, 1.0)),
         recipe=SupervisedConfig(label_smoothing=0.1),
         # Layer decay keeps what the lower layers know (BEiT, arXiv 2106.08254; MAE, arXiv 2111.06377, table 9).
-        optim=OptimConfig(lr=5e-4, weight_decay=0.05, layer_decay=0.75, warmup_steps=50, ema=0.99),
-        loop=LoopConfig(batch_size=32, epochs=10.0),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.05, layer_decay=0.9, warmup_steps=50, ema=0.99),
+        loop=LoopConfig(batch_size=32, epochs=4.0),
     ),
 )
 

@@ -1,20 +1,32 @@
 """Recipes: how a model learns. `build_learner` turns a recipe's configuration into its `Learner`."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
+from vitrail.config.recipes import SamConfig
 from vitrail.config.run import RunConfig, SupervisedConfig
+from vitrail.config.semantic import SemanticConfig
 from vitrail.data.augment import Augment
 from vitrail.models.base import ImageModel
 from vitrail.parallel import Precision
 from vitrail.recipes.base import Learner
+from vitrail.recipes.sam import SamLearner
+from vitrail.recipes.semantic import SemanticLearner
 from vitrail.recipes.supervised import SupervisedLearner
 
 __all__ = ["Learner", "build_learner"]
 
 
 def build_learner(
-    config: RunConfig, model: ImageModel, *, class_counts: np.ndarray, device: torch.device, precision: Precision
+    config: RunConfig,
+    model: ImageModel,
+    *,
+    class_counts: np.ndarray,
+    device: torch.device,
+    precision: Precision,
+    teacher: ImageModel | None = None,
 ) -> Learner:
     """Return the learner of a run.
 
@@ -24,16 +36,18 @@ def build_learner(
         class_counts: Training pictures per class.
         device: Where to compute.
         precision: Of the matrix products.
+        teacher: The model whose answers are learned from, where the recipe names one.
     """
-    augment = Augment(config.augment, model.preprocessing)
+    parts: dict[str, Any] = {
+        "augment": Augment(config.augment, model.preprocessing),
+        "class_counts": class_counts,
+        "device": device,
+        "precision": precision,
+    }
     match config.recipe:
         case SupervisedConfig():
-            return SupervisedLearner(
-                model,
-                config.recipe,
-                config.optim,
-                augment=augment,
-                class_counts=class_counts,
-                device=device,
-                precision=precision,
-            )
+            return SupervisedLearner(model, config.recipe, config.optim, **parts)
+        case SamConfig():
+            return SamLearner(model, config.recipe, config.optim, **parts)
+        case SemanticConfig():
+            return SemanticLearner(model, config.recipe, config.optim, **parts, teacher=teacher)

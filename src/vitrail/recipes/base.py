@@ -1,7 +1,7 @@
 """What a recipe is at run time: models, optimizers, and one update from micro-batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from vitrail.config.run import OptimConfig
 from vitrail.data.base import Batch
 from vitrail.models.base import ImageModel
 from vitrail.optim import AveragedWeights, learning_rate, set_learning_rate
+from vitrail.parallel import mean_statistics
 
 
 class Learner(ABC):
@@ -36,9 +37,24 @@ class Learner(ABC):
         """The model that is evaluated and shipped, with its present weights."""
         return self.models["model"]  # pyright: ignore[reportReturnType]
 
+    def share_statistics(self) -> None:
+        """Give all processes the mean of their running statistics; what is evaluated and shipped is one model then."""
+        buffers = dict(self.model.named_buffers())
+        mean_statistics(buffers.values())
+        if self.average is not None:
+            mean_statistics(value for name, value in self.average.average.items() if name in buffers)
+
     def shipped_weights(self) -> AbstractContextManager[None]:
         """Return the context in which `model` holds the weights to evaluate and ship: the average, if there is one."""
         return self.average.applied(self.model) if self.average else nullcontext()
+
+    @property
+    def judge(self) -> Callable[[Tensor], Tensor] | None:
+        """What validation asks of a batch of views: a loss per picture, [b 1]. None: to classify them, by their labels.
+
+        A learner without a classifier is judged by the mean of these losses, the lowest being the best.
+        """
+        return None
 
     def schedule(self, step: int, total: int) -> float:
         """Set and return the learning rate of update `step` of `total`."""

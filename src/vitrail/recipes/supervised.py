@@ -1,31 +1,30 @@
 """Supervised learning: cross-entropy (softmax or sigmoid) on labelled pictures."""
 
 from collections.abc import Sequence
-from typing import final
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int
 from torch import Tensor, nn
 
-from vitrail.config.run import OptimConfig, SupervisedConfig
+from vitrail.config.recipes import LossConfig
+from vitrail.config.run import OptimConfig
 from vitrail.data.augment import Augment
 from vitrail.data.base import Batch
 from vitrail.losses import classification_loss
 from vitrail.models.base import ImageModel, WithLoss
-from vitrail.optim import AveragedWeights, build_optimizer
+from vitrail.optim import AveragedWeights, build_optimizer, prepare
 from vitrail.parallel import Precision, accumulating, autocast, replicate
 from vitrail.recipes.base import Learner
 
 
-@final
 class SupervisedLearner(Learner):
     """One forward and backward pass per micro-batch, then one clipped update."""
 
     def __init__(
         self,
         model: ImageModel,
-        recipe: SupervisedConfig,
+        recipe: LossConfig,
         optim: OptimConfig,
         *,
         augment: Augment,
@@ -33,6 +32,7 @@ class SupervisedLearner(Learner):
         device: torch.device,
         precision: Precision,
     ) -> None:
+        prepare(model, optim)
         self.models = nn.ModuleDict({"model": model.to(device)})
         self.optimizers = {"model": build_optimizer(model, optim)}
         self.average = AveragedWeights(model, optim.ema) if optim.ema else None

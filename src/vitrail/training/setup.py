@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vitrail.checkpoints import adapt, load_model
+from vitrail.checkpoints.adapt import with_overrides
 from vitrail.config.preprocessing import Preprocessing
 from vitrail.config.run import RunConfig
 from vitrail.data import open_data
@@ -24,6 +25,8 @@ log = logging.getLogger("vitrail")
 # Fewer pictures than this do not teach a large plain ViT from scratch what pretraining does (ViT paper, figure 4).
 FROM_SCRATCH_PICTURES = 100_000
 LARGE_MODEL_PARAMETERS = 5_000_000
+# What a run says of a model whose weights it starts from: no tensor depends on it.
+OF_THE_RUN = ("dropout", "drop_path", "frozen_norm")
 
 
 @dataclass
@@ -60,10 +63,12 @@ def build_model(config: RunConfig, data: Splits) -> ImageModel:
     """Return the model to train: fresh, or from `init` with head, positions and channels made to fit."""
     classes, size = data.train.classes, config.model.image_size
     if config.init is not None:
-        model = load_model(config.init, dropout=config.model.dropout, drop_path=config.model.drop_path)
+        model = load_model(config.init)
         old_classes = model.config.num_classes
+        both = [name for name in OF_THE_RUN if hasattr(model.config, name) and hasattr(config.model, name)]
+        model = with_overrides(model, {name: getattr(config.model, name) for name in both})
         model = adapt(model, image_size=size, num_classes=len(classes), channels=config.model.channels, labels=classes)
-        log.info("starting from %s: its model and normalisation stand in for the preset's", config.init)
+        log.info("starting from %s, with its model and normalisation", config.init)
         if old_classes != len(classes):
             log.info("new head: %d classes instead of %d", len(classes), old_classes)
     else:
@@ -91,7 +96,7 @@ def warn_from_scratch(model: ImageModel, pictures: int) -> None:
     if parameters >= LARGE_MODEL_PARAMETERS and pictures < FROM_SCRATCH_PICTURES:
         log.warning(
             "training %.0f million parameters from scratch on %d pictures: expect poor results. Start from pretrained "
-            "weights with --init FILE (for example an official ViT .npz), or take a small preset such as `photos`.",
+            "weights (preset `finetune`, or --init), or take a small preset such as `photos`.",
             parameters / 1e6,
             pictures,
         )
@@ -101,10 +106,17 @@ def assemble(config: RunConfig, data: Splits, device: torch.device, precision: P
     """Return learner and stream of a run with resolved settings."""
     torch.manual_seed(config.seed)
     model = build_model(config, data)
-    learner = build_learner(config, model, class_counts=data.train.class_counts(), device=device, precision=precision)
+    learner = _learner(config, model, data, device, precision)
     # Ranks share the initial weights but draw dropout apart.
     torch.manual_seed(config.seed + rank())
     return Parts(data, learner, open_stream(config, data, learner), device, precision, data.train.fingerprint())
+
+
+def _learner(config: RunConfig, model: ImageModel, data: Splits, device: torch.device, precision: Precision) -> Learner:
+    source = getattr(config.recipe, "teacher", None)
+    teacher = load_model(source) if source is not None else None
+    counts = data.train.class_counts()
+    return build_learner(config, model, class_counts=counts, device=device, precision=precision, teacher=teacher)
 
 
 def open_stream(config: RunConfig, data: Splits, learner: Learner) -> Stream:
@@ -154,13 +166,7 @@ def seconds_per_step(config: RunConfig, parts: Parts, trial_seconds: float = 5.0
     The run itself is not touched: its weights, data position and random generators stay as they were.
     """
     generators = random_state()
-    trial = build_learner(
-        config,
-        copy.deepcopy(parts.learner.model),
-        class_counts=parts.data.train.class_counts(),
-        device=parts.device,
-        precision=parts.precision,
-    )
+    trial = _learner(config, copy.deepcopy(parts.learner.model), parts.data, parts.device, parts.precision)
     stream = open_stream(config, parts.data, trial)
     trial.schedule(0, 1)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Training losses. Each takes logits and soft targets, one row per picture."""
+"""Cross-entropy on soft targets, one row per picture."""
 
 import torch
 from jaxtyping import Float
