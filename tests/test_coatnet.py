@@ -479,6 +479,14 @@ def test_damaged_weights_are_refused_by_name() -> None:
             TIMM_COATNET.to_ours(changed)
 
 
+def test_files_from_before_batches_were_counted_are_read() -> None:
+    model = randomised(TIMM)
+    arrays = {name: a for name, a in TIMM_COATNET.from_ours(model).items() if not name.endswith("batches_tracked")}
+    state = from_timm(arrays).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], torch.tensor(0) if name.endswith("batches_tracked") else tensor), name
+
+
 def test_timms_own_designs_are_refused_with_the_reason() -> None:
     arrays = TIMM_COATNET.from_ours(randomised(TIMM))
     with pytest.raises(UserError, match="one of timm's own CoAtNets"):

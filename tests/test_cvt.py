@@ -207,6 +207,14 @@ def test_missing_left_over_and_misshapen_arrays_are_named() -> None:
         assemble(config, state, "w.pth")
 
 
+@pytest.mark.parametrize("table", [CVT, HF_CVT], ids=["official", "hf"])
+def test_files_from_before_batches_were_counted_are_read(table: CvTNames) -> None:
+    state = randomised(TINY).state_dict()
+    arrays = {name: a for name, a in table.from_ours(randomised(TINY)).items() if not name.endswith("batches_tracked")}
+    for name, tensor in read(table, arrays, TINY.heads).state_dict().items():
+        assert torch.equal(tensor, torch.tensor(0) if name.endswith("batches_tracked") else state[name]), name
+
+
 def test_names_of_others_are_not_claimed() -> None:
     for names in (["stage0.blocks.0.norm1.weight"], ["vit.encoder.layer.0.layernorm_before.weight"], ["cls"], []):
         arrays = {name: np.zeros(1, np.float32) for name in names}

@@ -172,7 +172,7 @@ def test_names_refuse_a_model_that_the_official_code_cannot_build() -> None:
 def test_what_arrays_cannot_say_is_said_in_a_warning(tmp_path: Path, caplog) -> None:
     export_names(build(TINY), tmp_path / "a.npz")
     assert not caplog.records
-    export_names(build(replace(TINY, gelu="erf")), tmp_path / "a.npz")
+    export_names(build(replace(TINY, gelu="erf")), tmp_path / "a.npz", "vit")
     with caplog.at_level(logging.WARNING):
         assert "gelu='erf'" in caplog.text
     assert load_model(tmp_path / "a.npz", gelu="erf").config.gelu == "erf"
@@ -269,6 +269,9 @@ def test_missing_and_unknown_arrays_are_named() -> None:
         VIT.to_ours(hole)
     with pytest.raises(UserError, match="no place for: lora/a, lora/b"):
         VIT.to_ours(arrays | {"lora/a": np.zeros(3), "lora/b": np.zeros(3)})
+    for number in ("2_", "1" * 5000):  # no number, and one that Python would refuse to read
+        with pytest.raises(UserError, match="holds 1 arrays that this model has no place for"):
+            VIT.to_ours(arrays | {f"Transformer/encoderblock_{number}/a": np.zeros(3)})
     with pytest.raises(UserError, match=r"no array 'embedding/kernel'.*official ViT files"):
         VIT.to_ours({"layer.weight": np.zeros(3)})
     with pytest.raises(UserError, match="same array under two"):
@@ -282,6 +285,13 @@ def test_arrays_of_the_wrong_shape_are_named() -> None:
             with pytest.raises(UserError):
                 config, state = VIT.to_ours(arrays | {name: wrong})
                 assemble(config, state, "weights.npz")
+
+
+def test_pooling_with_other_heads_than_the_blocks_is_refused() -> None:
+    arrays = read_npz(weights("bigvision_map"))
+    name = "params/MAPHead_0/MultiHeadDotProductAttention_0/query/kernel"
+    with pytest.raises(UserError, match=r"query/kernel cannot have the shape \(32, 2, 16\)"):
+        BIG_VISION.to_ours(arrays | {name: arrays[name].reshape(32, 2, 16)})
 
 
 def test_preprocessing_is_that_of_the_source() -> None:

@@ -4,8 +4,9 @@ import contextlib
 import shutil
 import struct
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vitrail import npz
-from vitrail.checkpoints import load_model, msgpack, partitioned
+from vitrail.checkpoints import load_model, msgpack, partitioned, storage
 from vitrail.checkpoints.msgpack import Ext, Malformed, Reader, Span, pack
 from vitrail.checkpoints.partitioned import CHUNKS, read_partitioned, write_partitioned
+from vitrail.checkpoints.storage import replace_file
 from vitrail.checkpoints.vmoe_names import VMOE
 from vitrail.config.vit_moe import ViTMoEConfig
 from vitrail.errors import UserError
@@ -108,6 +110,37 @@ def test_any_arrays_survive_in_any_number_of_pieces(
 def test_a_checkpoint_is_written_to_an_index(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.npz: .*ends in \.index"):
         write_partitioned(tmp_path / "a.npz", {})
+
+
+def test_a_write_that_stops_between_data_and_index_leaves_no_mix(tmp_path: Path) -> None:
+    old, new = {"a": np.zeros(3, np.float32)}, {"a": np.ones(3, np.float32)}
+    write_partitioned(tmp_path / "a.index", old)
+    replaced: list[str] = []
+
+    def stopping(path: Path, write: Callable[[BinaryIO], object], *, size: int = 0) -> None:
+        if replaced:
+            raise OSError("the machine stops")
+        replaced.append(path.name)
+        replace_file(path, write, size=size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partitioned, "replace_file", stopping)
+        with pytest.raises(OSError, match="the machine stops"):
+            write_partitioned(tmp_path / "a.index", new)
+    assert replaced == ["a.data-00000-of-00001"]
+    with pytest.raises(UserError, match=r"cannot read .*a\.index: No such file"):
+        read_partitioned(tmp_path / "a.index")
+    write_partitioned(tmp_path / "a.index", new)
+    assert_same_arrays(read_partitioned(tmp_path / "a.index"), new)
+
+
+def test_a_checkpoint_stands_when_the_next_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = {"a": np.zeros(3, np.float32)}
+    write_partitioned(tmp_path / "a.index", old)
+    monkeypatch.setattr(storage, "_free", lambda path: 7)
+    with pytest.raises(UserError, match="the disk is full"):
+        write_partitioned(tmp_path / "a.index", {"a": np.ones(3, np.float32)})
+    assert_same_arrays(read_partitioned(tmp_path / "a.index"), old)
 
 
 # Trees that the official code also writes

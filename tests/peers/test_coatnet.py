@@ -22,8 +22,8 @@ from timm.models.maxxvit import (
 from torch import nn
 
 from peers.support import assert_close, randomise
-from vitrail.checkpoints.coatnet_names import TIMM_COATNET, _layer, _mbconv, _relative_block, coatnet_rows
-from vitrail.checkpoints.names import Hints, read_rows
+from vitrail.checkpoints.coatnet_names import TIMM_COATNET, _mbconv, _relative_block, coatnet_rows
+from vitrail.checkpoints.names import Hints, layer, read_rows
 from vitrail.config.coatnet import COATNETS, CoAtNetConfig
 from vitrail.errors import UserError
 from vitrail.layers.relative_attention import resize_relative
@@ -175,15 +175,15 @@ def test_s3_of_coatnet_6_is_made_of_timms_blocks(switches: dict) -> None:
     ours, names = [f"stages.2.{i}" for i in range(4)], [f"stages.2.blocks.{i}" for i in range(4)]
     rows = [
         *(row for row in coatnet_rows(replace(config, mbconv_before_s3=(0, 0))) if not row.ours.startswith("stages.2")),
-        *_layer(f"{ours[0]}.shortcut.project", f"{names[0]}.shortcut.expand"),
+        *layer(f"{ours[0]}.shortcut.project", f"{names[0]}.shortcut.expand"),
         *_mbconv(ours[0], names[0]),
         *_mbconv(ours[1], names[1]),
-        *_layer(f"{ours[2]}.shortcut.project", f"{names[2]}.shortcut.expand"),
+        *layer(f"{ours[2]}.shortcut.project", f"{names[2]}.shortcut.expand"),
         *_relative_block(ours[2], names[2], True, 2, (4, 6)),
         *_relative_block(ours[3], names[3], False, 2, (4, 6)),
     ]
     model = CoAtNet(config).eval()
-    model.load_state_dict(read_rows(rows, 0, arrays_of(randomise(theirs)), "timm"))
+    model.load_state_dict(read_rows(rows, arrays_of(randomise(theirs)), "timm"))
     images = torch.randn(2, 3, 64, 96)
     assert_close(model(images), theirs(images))
     assert_close(model.feature_map(images), theirs.forward_features(images))

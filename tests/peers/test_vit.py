@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from timm.layers import HybridEmbed, StdConv2dSame
@@ -195,12 +195,7 @@ def test_every_published_size_has_the_arrays_of_timms(name: str, theirs: str) ->
     with torch.device("meta"):
         peer = timm.create_model(theirs, num_classes=config.num_classes).state_dict()
         state = build(config).state_dict()
-    blocks = [str(i) for i in range(config.depth)]
-    found = {
-        row.theirs[0].replace("{}", block): state[row.ours.replace("{}", block)].shape
-        for row in timm_rows(config)
-        for block in (blocks if "{}" in row.ours else [""])
-    }
+    found = {row.theirs[0]: state[row.ours].shape for row in timm_rows(config)}
     assert found == {key: tensor.shape for key, tensor in peer.items()}
     assert sum(shape.numel() for shape in found.values()) == sum(tensor.numel() for tensor in state.values())
 
@@ -210,6 +205,8 @@ def test_every_published_size_has_the_arrays_of_timms(name: str, theirs: str) ->
 @given(size=st.tuples(st.integers(4, 40), st.integers(8, 40)), kind=st.sampled_from(list(KINDS)))
 def test_positions_are_resized_as_timm_resizes_its_own(size: tuple[int, int], kind: tuple) -> None:
     # Two columns at least: torch's antialiased kernel is wrong about one, in the memory order that timm gives it.
+    # Nor does timm resize a table that has as many rows as it wants, whatever their grid.
+    assume((size[0] // 4) * (size[1] // 4) != TINY.grid[0] * TINY.grid[1] or (size[0] // 4, size[1] // 4) == TINY.grid)
     config = replace(TINY, pool=kind[0], positions=kind[1])
     small = timm_model(config)
     large = timm_model(replace(config, image_size=size))

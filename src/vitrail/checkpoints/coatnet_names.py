@@ -6,18 +6,27 @@ norm; attention has the input's width; positions may come from a network, branch
 layer. Loading one is an error that says so.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isqrt
 from typing import final
 
 import numpy as np
-from einops import rearrange
 from torch import Tensor
 
-from vitrail.checkpoints.names import NO_HINTS, SAME, Arrays, Hints, Layout, NameTable, Row, read_rows, write_rows
-from vitrail.checkpoints.vit_shapes import Shapes
+from vitrail.checkpoints.names import (
+    NO_HINTS,
+    Arrays,
+    Hints,
+    Layout,
+    NameTable,
+    Row,
+    batch_norm,
+    layer,
+    read_rows,
+    write_rows,
+)
+from vitrail.checkpoints.vit_shapes import Shapes, depth_of
 from vitrail.config.coatnet import CoAtNetConfig
 from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Preprocessing
@@ -26,91 +35,67 @@ from vitrail.layers.embedding import PositionResize
 from vitrail.models.base import ImageModel
 
 TABLE = "attn.rel_pos.relative_position_bias_table"
-BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-# timm's attention blocks have 1x1 convolutions where ours have matrices.
-MATRIX = Layout(
-    lambda theirs: rearrange(theirs[0], "o i 1 1 -> o i"),
-    lambda ours, *_: [rearrange(ours, "o i -> o i 1 1")],
-)
+MATRIX = Layout("o i 1 1", "o i")
+"""timm's attention blocks have 1x1 convolutions where ours have matrices."""
 
 
 def qkv_weight(heads: int) -> Layout:
     """Return how queries, keys and values lie in one array: head by head, the three of a head after one another."""
-    return Layout(
-        lambda theirs: rearrange(theirs[0], "(heads three dh) i 1 1 -> (three heads dh) i", heads=heads, three=3),
-        lambda ours, *_: [rearrange(ours, "(three heads dh) i -> (heads three dh) i 1 1", heads=heads, three=3)],
-    )
+    return Layout("(heads three dh) i 1 1", "(three heads dh) i", {"heads": heads, "three": 3})
 
 
 def qkv_bias(heads: int) -> Layout:
     """Return how their biases lie."""
-    return Layout(
-        lambda theirs: rearrange(theirs[0], "(heads three dh) -> (three heads dh)", heads=heads, three=3),
-        lambda ours, *_: [rearrange(ours, "(three heads dh) -> (heads three dh)", heads=heads, three=3)],
-    )
+    return Layout("(heads three dh)", "(three heads dh)", {"heads": heads, "three": 3})
 
 
 def table(rows: int) -> Layout:
     """Return how a table of relative positions lies: flat, the head last."""
-    return Layout(
-        lambda theirs: rearrange(theirs[0], "(rows columns) heads -> heads rows columns", rows=rows),
-        lambda ours, *_: [rearrange(ours, "heads rows columns -> (rows columns) heads")],
-    )
+    return Layout("(rows columns) heads", "heads rows columns", {"rows": rows})
 
 
 def coatnet_rows(config: CoAtNetConfig) -> Iterator[Row]:
     """Yield the name table of a CoAtNet."""
-    yield from _layer("stem.conv1", "stem.conv1", bias=False)
-    yield from _batch_norm("stem.norm", "stem.norm1")
-    yield from _layer("stem.conv2", "stem.conv2", bias=False)
+    yield from layer("stem.conv1", "stem.conv1", bias=False)
+    yield from batch_norm("stem.norm", "stem.norm1")
+    yield from layer("stem.conv2", "stem.conv2", bias=False)
     channels = config.widths[0]
     for stage, (width, depth) in enumerate(zip(config.widths[1:], config.depths, strict=True)):
         for block in range(depth):
             ours, theirs = f"stages.{stage}.{block}", f"stages.{stage}.blocks.{block}"
             if channels != width:
-                yield from _layer(f"{ours}.shortcut.project", f"{theirs}.shortcut.expand")
+                yield from layer(f"{ours}.shortcut.project", f"{theirs}.shortcut.expand")
             if stage < 2:
                 yield from _mbconv(ours, theirs)
             else:
                 yield from _relative_block(ours, theirs, block == 0, width // config.head_dim, config.grids[stage - 2])
             channels = width
-    yield from _layer("norm", "head.norm")
-    yield from _layer("pre_logits", "head.pre_logits.fc")
+    yield from layer("norm", "head.norm")
+    yield from layer("pre_logits", "head.pre_logits.fc")
     if config.num_classes:
-        yield from _layer("head", "head.fc")
+        yield from layer("head", "head.fc")
 
 
 def _mbconv(ours: str, theirs: str) -> Iterator[Row]:
-    yield from _batch_norm(f"{ours}.norm", f"{theirs}.pre_norm")
-    yield from _layer(f"{ours}.expand", f"{theirs}.conv1_1x1", bias=False)
-    yield from _batch_norm(f"{ours}.expand_norm", f"{theirs}.norm1")
-    yield from _layer(f"{ours}.depthwise", f"{theirs}.conv2_kxk", bias=False)
-    yield from _batch_norm(f"{ours}.depthwise_norm", f"{theirs}.norm2")
-    yield from _layer(f"{ours}.squeeze_excite.reduce", f"{theirs}.se.fc1")
-    yield from _layer(f"{ours}.squeeze_excite.expand", f"{theirs}.se.fc2")
-    yield from _layer(f"{ours}.project", f"{theirs}.conv3_1x1")
+    yield from batch_norm(f"{ours}.norm", f"{theirs}.pre_norm")
+    yield from layer(f"{ours}.expand", f"{theirs}.conv1_1x1", bias=False)
+    yield from batch_norm(f"{ours}.expand_norm", f"{theirs}.norm1")
+    yield from layer(f"{ours}.depthwise", f"{theirs}.conv2_kxk", bias=False)
+    yield from batch_norm(f"{ours}.depthwise_norm", f"{theirs}.norm2")
+    yield from layer(f"{ours}.squeeze_excite.reduce", f"{theirs}.se.fc1")
+    yield from layer(f"{ours}.squeeze_excite.expand", f"{theirs}.se.fc2")
+    yield from layer(f"{ours}.project", f"{theirs}.conv3_1x1")
 
 
 def _relative_block(ours: str, theirs: str, first: bool, heads: int, grid: tuple[int, int]) -> Iterator[Row]:
-    yield from _layer(f"{ours}.norm1", f"{theirs}.norm1.norm" if first else f"{theirs}.norm1")
+    yield from layer(f"{ours}.norm1", f"{theirs}.norm1.norm" if first else f"{theirs}.norm1")
     yield Row(f"{ours}.attention.qkv.weight", (f"{theirs}.attn.qkv.weight",), qkv_weight(heads))
     yield Row(f"{ours}.attention.qkv.bias", (f"{theirs}.attn.qkv.bias",), qkv_bias(heads))
     yield Row(f"{ours}.attention.table", (f"{theirs}.{TABLE}",), table(2 * grid[0] - 1))
-    yield from _layer(f"{ours}.attention.out", f"{theirs}.attn.proj", MATRIX)
-    yield from _layer(f"{ours}.norm2", f"{theirs}.norm2")
-    yield from _layer(f"{ours}.mlp.up", f"{theirs}.mlp.fc1", MATRIX)
-    yield from _layer(f"{ours}.mlp.down", f"{theirs}.mlp.fc2", MATRIX)
-
-
-def _layer(ours: str, theirs: str, layout: Layout = SAME, bias: bool = True) -> Iterator[Row]:
-    yield Row(f"{ours}.weight", (f"{theirs}.weight",), layout)
-    if bias:
-        yield Row(f"{ours}.bias", (f"{theirs}.bias",))
-
-
-def _batch_norm(ours: str, theirs: str) -> Iterator[Row]:
-    yield from (Row(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in BATCH_NORM)
+    yield from layer(f"{ours}.attention.out", f"{theirs}.attn.proj", MATRIX)
+    yield from layer(f"{ours}.norm2", f"{theirs}.norm2")
+    yield from layer(f"{ours}.mlp.up", f"{theirs}.mlp.fc1", MATRIX)
+    yield from layer(f"{ours}.mlp.down", f"{theirs}.mlp.fc2", MATRIX)
 
 
 @final
@@ -134,14 +119,14 @@ class TimmCoAtNet(NameTable):
                 "expansion, activations, attention width, biases and head; vitrail has the paper's only."
             )
         config = _read_config(Shapes(arrays, source, "timm CoAtNet"), hints)
-        return config, read_rows(coatnet_rows(config), 0, arrays, source)
+        return config, read_rows(coatnet_rows(config), arrays, source)
 
     def from_ours(self, model: ImageModel) -> dict[str, np.ndarray]:
         config = model.config
         assert isinstance(config, CoAtNetConfig)
         if config.mbconv_before_s3[0]:
             raise UserError("timm has no CoAtNet with MBConv blocks in S3, as CoAtNet-6 and 7 have.")
-        return write_rows(coatnet_rows(config), 0, 0, model.state_dict())
+        return write_rows(coatnet_rows(config), model.state_dict())
 
     def preprocessing(self, config: ModelConfig) -> Preprocessing:
         """Return what timm's `default_cfgs` say: bicubic, values in [-1, 1]."""
@@ -164,7 +149,7 @@ def _read_config(shapes: Shapes, hints: Hints) -> CoAtNetConfig:
             f"{shapes.source}: {blocks[3]}.{TABLE} has the shape {tables[1]}, which with width {s4} is not of heads "
             f"as wide as those of {blocks[2]}; vitrail needs that."
         )
-    depths = [_depth(shapes.arrays, stage) for stage in range(4)]
+    depths = [depth_of(shapes.arrays, f"stages.{stage}.blocks.{{}}.") for stage in range(4)]
     return CoAtNetConfig(
         image_size=_image_size(shapes.source, tables[0][0], tables[1][0], hints),
         channels=stem[1],
@@ -178,10 +163,6 @@ def _read_config(shapes: Shapes, hints: Hints) -> CoAtNetConfig:
         batch_norm_eps=1e-5,
         norm_eps=1e-6,
     )
-
-
-def _depth(arrays: Arrays, stage: int) -> int:
-    return len({match[1] for name in arrays if (match := re.match(rf"stages\.{stage}\.blocks\.(\d+)\.", name))})
 
 
 def _image_size(source: str, s3: int, s4: int, hints: Hints) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 Both hold the same arrays, as they lie here, under other names. Hugging Face's code runs them with another GELU.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import final
@@ -11,18 +10,14 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from vitrail.checkpoints.names import NO_HINTS, Arrays, Hints, NameTable, Row, read_rows, write_rows
-from vitrail.checkpoints.vit_shapes import Shapes
+from vitrail.checkpoints.names import NO_HINTS, Arrays, Hints, NameTable, Row, batch_norm, layer, read_rows, write_rows
+from vitrail.checkpoints.vit_shapes import Shapes, depth_of
 from vitrail.config.cvt import HEAD_DIM, CvTConfig
 from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from vitrail.config.vit import Gelu
 from vitrail.errors import UserError
 from vitrail.models.base import ImageModel
-
-LAYER = ("weight", "bias")
-KERNEL = ("weight",)
-BATCH_NORM = (*LAYER, "running_mean", "running_var", "num_batches_tracked")
 
 SQUASHED_FROM = 384
 """From this side on both codes squash the whole picture to size; below it they cut out its centre."""
@@ -45,8 +40,12 @@ class CvTNames(NameTable):
     """The same within a stage, for a block."""
     in_stage: Mapping[str, str]
     """Modules of a stage, ours and theirs."""
-    projection: Mapping[str, str]
-    """Modules of a convolutional projection, with the letter or word for query, key or value as `{}`."""
+    conv: str
+    """The convolution of a convolutional projection, with the letter or word for query, key or value as `{}`."""
+    norm: str
+    """The norm after it."""
+    linear: str
+    """The matrix after that."""
     projected: tuple[str, str, str]
     """Those letters or words."""
     in_block: Mapping[str, str]
@@ -61,11 +60,11 @@ class CvTNames(NameTable):
         self, arrays: Arrays, *, hints: Hints = NO_HINTS, source: str = "this file"
     ) -> tuple[ModelConfig, dict[str, Tensor]]:
         config = self._config(arrays, hints, source)
-        return config, read_rows(self._rows(config), 0, arrays, source)
+        return config, read_rows(self._rows(config), arrays, source)
 
     def from_ours(self, model: ImageModel) -> dict[str, np.ndarray]:
         assert isinstance(model.config, CvTConfig)
-        return write_rows(self._rows(model.config), 0, 0, model.state_dict())
+        return write_rows(self._rows(model.config), model.state_dict())
 
     def preprocessing(self, config: ModelConfig) -> Preprocessing:
         """Return the official evaluation (`TEST` in the yaml files), which Hugging Face's image processor repeats."""
@@ -82,17 +81,16 @@ class CvTNames(NameTable):
     def _config(self, arrays: Arrays, hints: Hints, source: str) -> CvTConfig:
         """Read the configuration off names and shapes; a hole in the numbers of blocks shows as a missing array."""
         shapes = Shapes(arrays, source, "CvT")
-        stages = [self.stage.format(stage) for stage in range(_count(arrays, re.escape(self.stage)))]
+        stages = [self.stage.format(stage) for stage in range(depth_of(arrays, f"{self.stage}."))]
         kernels = [shapes.of(f"{stage}.{self.in_stage['patch_embed.conv']}.weight", 4) for stage in stages]
         widths = tuple(kernel[0] for kernel in kernels)
-        blocks = [re.escape(f"{stage}.{self.block}") for stage in stages]
         up = f"{self.block.format(0)}.{self.in_block['mlp.up']}.weight"
         return CvTConfig(
             image_size=hints.image_size or (224, 224),
             channels=kernels[0][1],
             num_classes=shapes.leading(f"{self.outside['head']}.weight", 2),
             widths=widths,
-            depths=tuple(_count(arrays, block) for block in blocks),
+            depths=tuple(depth_of(arrays, f"{stage}.{self.block}.") for stage in stages),
             heads=_heads(widths, hints, source),
             mlp_dims=tuple(shapes.of(f"{stage}.{up}", 2)[0] for stage in stages),
             gelu=self.gelu,
@@ -103,34 +101,23 @@ class CvTNames(NameTable):
         for i, depth in enumerate(config.depths):
             ours, theirs = f"stages.{i}", self.stage.format(i)
             for module, name in self.in_stage.items():
-                yield from _rows_of(f"{ours}.{module}", f"{theirs}.{name}", LAYER)
+                yield from layer(f"{ours}.{module}", f"{theirs}.{name}")
             for j in range(depth):
                 yield from self._block_rows(f"{ours}.encoder.{j}", f"{theirs}.{self.block.format(j)}")
         last = len(config.depths) - 1
         yield Row(f"stages.{last}.class_token", (f"{self.stage.format(last)}.cls_token",))
         for module, name in self.outside.items():
             if module != "head" or config.num_classes:
-                yield from _rows_of(module, name, LAYER)
+                yield from layer(module, name)
 
     def _block_rows(self, ours: str, theirs: str) -> Iterator[Row]:
-        tensors = {"conv": KERNEL, "norm": BATCH_NORM, "linear": LAYER}
         for part, word in zip(("query", "key", "value"), self.projected, strict=True):
-            for module, name in self.projection.items():
-                yield from _rows_of(
-                    f"{ours}.attention.{part}.{module}", f"{theirs}.{name.format(word)}", tensors[module]
-                )
+            projection = f"{ours}.attention.{part}"
+            yield from layer(f"{projection}.conv", f"{theirs}.{self.conv.format(word)}", bias=False)
+            yield from batch_norm(f"{projection}.norm", f"{theirs}.{self.norm.format(word)}")
+            yield from layer(f"{projection}.linear", f"{theirs}.{self.linear.format(word)}")
         for module, name in self.in_block.items():
-            yield from _rows_of(f"{ours}.{module}", f"{theirs}.{name}", LAYER)
-
-
-def _rows_of(ours: str, theirs: str, tensors: tuple[str, ...]) -> Iterator[Row]:
-    yield from (Row(f"{ours}.{tensor}", (f"{theirs}.{tensor}",)) for tensor in tensors)
-
-
-def _count(arrays: Arrays, escaped: str) -> int:
-    """Return how many numbers stand in the place of `{}` in names that begin with a pattern."""
-    pattern = re.compile(escaped.replace(re.escape("{}"), r"(\d+)") + r"\.")
-    return len({match[1] for name in arrays if (match := pattern.match(name))})
+            yield from layer(f"{ours}.{module}", f"{theirs}.{name}")
 
 
 def _heads(widths: tuple[int, ...], hints: Hints, source: str) -> tuple[int, ...]:
@@ -153,7 +140,9 @@ CVT = CvTNames(
     stage="stage{}",
     block="blocks.{}",
     in_stage={"patch_embed.conv": "patch_embed.proj", "patch_embed.norm": "patch_embed.norm"},
-    projection={"conv": "attn.conv_proj_{}.conv", "norm": "attn.conv_proj_{}.bn", "linear": "attn.proj_{}"},
+    conv="attn.conv_proj_{}.conv",
+    norm="attn.conv_proj_{}.bn",
+    linear="attn.proj_{}",
     projected=("q", "k", "v"),
     in_block={
         "norm1": "norm1",
@@ -174,11 +163,9 @@ HF_CVT = CvTNames(
     stage="cvt.encoder.stages.{}",
     block="layers.{}",
     in_stage={"patch_embed.conv": f"{_EMBEDDINGS}.projection", "patch_embed.norm": f"{_EMBEDDINGS}.normalization"},
-    projection={
-        "conv": f"{_PROJECTION}.convolution",
-        "norm": f"{_PROJECTION}.normalization",
-        "linear": "attention.attention.projection_{}",
-    },
+    conv=f"{_PROJECTION}.convolution",
+    norm=f"{_PROJECTION}.normalization",
+    linear="attention.attention.projection_{}",
     projected=("query", "key", "value"),
     in_block={
         "norm1": "layernorm_before",

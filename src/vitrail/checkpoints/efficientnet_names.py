@@ -17,7 +17,7 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from vitrail.checkpoints.names import NO_HINTS, Arrays, Hints, NameTable, Row, read_rows, write_rows
+from vitrail.checkpoints.names import NO_HINTS, Arrays, Hints, NameTable, Row, batch_norm, layer, read_rows, write_rows
 from vitrail.checkpoints.vit_shapes import Shapes, depth_of, stages_of
 from vitrail.config.efficientnet import EFFICIENTNETS, EXPANSIONS, KERNELS, WIDTHS, EfficientNetConfig
 from vitrail.config.model import ModelConfig
@@ -25,7 +25,6 @@ from vitrail.config.preprocessing import HALF, IMAGENET_MEAN, IMAGENET_STD, Prep
 from vitrail.errors import UserError
 from vitrail.models.base import ImageModel
 
-NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 CROP_PADDING = 32
 """The official evaluation resizes to this many pixels more than the centre crop that it keeps."""
 
@@ -74,14 +73,11 @@ class EfficientNetNames(NameTable):
         self, arrays: Arrays, *, hints: Hints = NO_HINTS, source: str = "this file"
     ) -> tuple[ModelConfig, dict[str, Tensor]]:
         config = self._config(Shapes(arrays, source, "EfficientNet"), hints)
-        rows = list(self._rows(config))
-        # Files written before PyTorch counted batches lack the counters, which nothing here depends on.
-        counters = {name: np.zeros((), np.int64) for row in rows for name in row.theirs if name.endswith(NORM[-1])}
-        return config, read_rows(rows, 0, counters | dict(arrays), source)
+        return config, read_rows(self._rows(config), arrays, source)
 
     def from_ours(self, model: ImageModel) -> dict[str, np.ndarray]:
         assert isinstance(model.config, EfficientNetConfig)
-        return write_rows(self._rows(model.config), 0, 0, model.state_dict())
+        return write_rows(self._rows(model.config), model.state_dict())
 
     def preprocessing(self, config: ModelConfig) -> Preprocessing:
         assert isinstance(config, EfficientNetConfig)
@@ -136,26 +132,22 @@ class EfficientNetNames(NameTable):
                 yield from _conv_norm(f"{ours}.depthwise", names.depthwise, f"{theirs}.")
                 if not config.lite:
                     for part, name in zip(("reduce", "expand"), names.squeeze, strict=True):
-                        yield from _layer(f"{ours}.squeeze.{part}", f"{theirs}.{name}")
+                        yield from layer(f"{ours}.squeeze.{part}", f"{theirs}.{name}")
                 yield from _conv_norm(f"{ours}.project", names.project, f"{theirs}.")
         yield from _conv_norm("last", self.last)
         if config.num_classes:
-            yield from _layer("head", self.head)
-
-
-def _layer(ours: str, theirs: str) -> Iterator[Row]:
-    yield from (Row(f"{ours}.{name}", (f"{theirs}.{name}",)) for name in ("weight", "bias"))
+            yield from layer("head", self.head)
 
 
 def _conv_norm(ours: str, theirs: Pair, prefix: str = "") -> Iterator[Row]:
     conv, norm = theirs
-    yield Row(f"{ours}.conv.weight", (f"{prefix}{conv}.weight",))
-    yield from (Row(f"{ours}.norm.{name}", (f"{prefix}{norm}.{name}",)) for name in NORM)
+    yield from layer(f"{ours}.conv", f"{prefix}{conv}", bias=False)
+    yield from batch_norm(f"{ours}.norm", f"{prefix}{norm}")
 
 
 def _find_staged(shapes: Shapes) -> Blocks:
     """Return blocks that are numbered stage by stage; a hole in the numbers shows as a missing array."""
-    return _staged(stages_of(shapes.arrays, r"blocks\.(\d+)\.(\d+)\."))
+    return _staged(stages_of(shapes.arrays, "blocks.{}.{}."))
 
 
 def _staged(depths: tuple[int, ...]) -> Blocks:
@@ -170,7 +162,7 @@ def _find_flat(shapes: Shapes) -> Blocks:
         width = shapes.of(f"{block}._project_conv.weight", 4)[0]
         return f"{block}._expand_conv.weight" in shapes.arrays, kernel, width
 
-    names = (f"_blocks.{i}" for i in range(depth_of(shapes.arrays, r"_blocks\.(\d+)\.")))
+    names = (f"_blocks.{i}" for i in range(depth_of(shapes.arrays, "_blocks.{}.")))
     return [list(stage) for _, stage in groupby(names, key=kind)]
 
 

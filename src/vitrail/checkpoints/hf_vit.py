@@ -12,7 +12,7 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from vitrail.checkpoints.names import NO_HINTS, Arrays, Hints, Layout, NameTable, Row, read_rows, write_rows
+from vitrail.checkpoints.names import NO_HINTS, Arrays, Hints, NameTable, Row, layer, read_rows, write_rows
 from vitrail.checkpoints.vit_shapes import Shapes, depth_of, heads_of, positions_of
 from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Preprocessing
@@ -37,35 +37,27 @@ NEW = (
 )
 """The modules' names today, as patterns, and the files' names."""
 
-STACKED = Layout(np.concatenate, lambda ours, parts, heads: np.split(ours, parts))
-"""Matrices or biases that are one here, one below the other."""
-
-
-def _pair(ours: str, *theirs: str, bias: bool = True) -> list[Row]:
-    """Return rows for a weight and its bias, which lie as ours do, stacked where theirs are several."""
-    kinds = ("weight", "bias") if bias else ("weight",)
-    return [Row(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), STACKED) for kind in kinds]
-
 
 def hf_rows(config: ViTConfig) -> list[Row]:
     """Return the name table of a Vision Transformer, without the prefix."""
-    heads = [f"{LAYER}.attention.attention.{part}" for part in ("query", "key", "value")]
-    rows = [
-        *_pair("patch_embed", PATCH),
-        Row("class_token", ("embeddings.cls_token",)),
-        Row("positions", (POSITIONS,)),
-        *_pair("encoder.{}.norm1", f"{LAYER}.layernorm_before"),
-        *_pair("encoder.{}.attention.qkv", *heads, bias=config.qkv_bias),
-        *_pair("encoder.{}.attention.out", f"{LAYER}.attention.output.dense"),
-        *_pair("encoder.{}.norm2", f"{LAYER}.layernorm_after"),
-        *_pair("encoder.{}.mlp.up", f"{LAYER}.intermediate.dense"),
-        *_pair("encoder.{}.mlp.down", f"{LAYER}.output.dense"),
-        *_pair("norm", "layernorm"),
-    ]
+    rows = [*layer("patch_embed", PATCH), Row("class_token", ("embeddings.cls_token",)), Row("positions", (POSITIONS,))]
+    for block in range(config.depth):
+        ours, theirs = f"encoder.{block}", LAYER.format(block)
+        rows += layer(f"{ours}.norm1", f"{theirs}.layernorm_before")
+        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+            parts = tuple(f"{theirs}.attention.attention.{part}.{kind}" for part in ("query", "key", "value"))
+            rows.append(Row(f"{ours}.attention.qkv.{kind}", parts))
+        rows += [
+            *layer(f"{ours}.attention.out", f"{theirs}.attention.output.dense"),
+            *layer(f"{ours}.norm2", f"{theirs}.layernorm_after"),
+            *layer(f"{ours}.mlp.up", f"{theirs}.intermediate.dense"),
+            *layer(f"{ours}.mlp.down", f"{theirs}.output.dense"),
+        ]
+    rows += layer("norm", "layernorm")
     if config.pre_logits:
-        rows += _pair("pre_logits", "pooler.dense")
+        rows += layer("pre_logits", "pooler.dense")
     if config.num_classes:
-        rows += _pair("head", "classifier")
+        rows += layer("head", "classifier")
     return rows
 
 
@@ -92,7 +84,7 @@ class HuggingFaceViT(NameTable):
             # ViTForImageClassification never asks the pooler that a file from pre-training may still hold.
             plain = {name: array for name, array in plain.items() if not name.startswith("pooler.")}
         config = _read_config(Shapes(plain, source, "Hugging Face ViT"), hints)
-        return config, read_rows(hf_rows(config), config.depth, plain, source)
+        return config, read_rows(hf_rows(config), plain, source)
 
     def from_ours(self, model: ImageModel) -> dict[str, np.ndarray]:
         config = model.config
@@ -108,7 +100,7 @@ class HuggingFaceViT(NameTable):
                 "Hugging Face's ViT has pre_logits (its pooler) or a classifier, not both; leave the head out with "
                 "num_classes=0, or give the model a fresh one."
             )
-        arrays = write_rows(hf_rows(config), config.depth, config.heads, model.state_dict())
+        arrays = write_rows(hf_rows(config), model.state_dict())
         prefix = PREFIX if config.num_classes else ""
         return {name if name.startswith("classifier.") else prefix + name: array for name, array in arrays.items()}
 
@@ -137,7 +129,7 @@ def _renamed(name: str) -> str:
 def _read_config(shapes: Shapes, hints: Hints) -> ViTConfig:
     width, channels, *patch = shapes.of(f"{PATCH}.weight", 4)
     patch_size = patch[0], patch[1]
-    depth = depth_of(shapes.arrays, LAYER.replace(".", r"\.").format(r"(\d+)"))
+    depth = depth_of(shapes.arrays, f"{LAYER}.")
     first = LAYER.format(0)
     mlp_dim = shapes.of(f"{first}.intermediate.dense.weight", 2)[0]
     shapes.of(POSITIONS, 3)

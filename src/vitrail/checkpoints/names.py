@@ -5,8 +5,8 @@ undoes writing, bit for bit.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -79,56 +79,63 @@ class NameTable(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one or more foreign arrays lie in one tensor of ours."""
+    """How foreign arrays lie in one tensor of ours: each rearranged, and several one below the other."""
 
-    read: Callable[[Sequence[np.ndarray]], np.ndarray]
-    """From theirs to ours."""
-    write: Callable[[np.ndarray, int, int], Sequence[np.ndarray]]
-    """From ours to theirs, told the number of arrays and of heads."""
+    theirs: str
+    """Axes of a foreign array, as einops writes them."""
+    ours: str
+    """The same axes, as they lie in our tensor."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Of the axes that shapes do not tell."""
+
+    def read(self, theirs: Sequence[np.ndarray]) -> np.ndarray:
+        """Return our tensor's numbers from the foreign arrays."""
+        parts = [rearrange(part, f"{self.theirs} -> {self.ours}", **self.sizes) for part in theirs]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def write(self, ours: np.ndarray, parts: int) -> list[np.ndarray]:
+        """Return so many foreign arrays from our tensor's numbers."""
+        split = [ours] if parts == 1 else np.split(ours, parts)
+        return [rearrange(part, f"{self.ours} -> {self.theirs}", **self.sizes) for part in split]
 
 
-SAME = Layout(lambda theirs: theirs[0], lambda ours, parts, heads: [ours])
-CONV = Layout(
-    lambda theirs: rearrange(theirs[0], "h w i o -> o i h w"),
-    lambda ours, parts, heads: [rearrange(ours, "o i h w -> h w i o")],
-)
-DENSE = Layout(
-    lambda theirs: rearrange(theirs[0], "i o -> o i"),
-    lambda ours, parts, heads: [rearrange(ours, "o i -> i o")],
-)
-TO_HEADS = Layout(
-    lambda theirs: np.concatenate([rearrange(part, "d heads dh -> (heads dh) d") for part in theirs]),
-    lambda ours, parts, heads: [
-        rearrange(part, "(heads dh) d -> d heads dh", heads=heads) for part in np.split(ours, parts)
-    ],
-)
-HEADS_BIAS = Layout(
-    lambda theirs: np.concatenate([rearrange(part, "heads dh -> (heads dh)") for part in theirs]),
-    lambda ours, parts, heads: [
-        rearrange(part, "(heads dh) -> heads dh", heads=heads) for part in np.split(ours, parts)
-    ],
-)
-FROM_HEADS = Layout(
-    lambda theirs: rearrange(theirs[0], "heads dh d -> d (heads dh)"),
-    lambda ours, parts, heads: [rearrange(ours, "d (heads dh) -> heads dh d", heads=heads)],
-)
+SAME = Layout("...", "...")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One tensor of ours and the arrays it is made of. `{}` in names stands for the number of the block."""
+    """One tensor of ours and the arrays it is made of."""
 
     ours: str
     theirs: tuple[str, ...]
     layout: Layout = SAME
+    counter: bool = False
+    """Whether it counts batches: nothing depends on it, and files from before torch counted lack it. Then it is 0."""
 
 
-def read_rows(rows: Iterable[Row], depth: int, arrays: Arrays, source: str) -> dict[str, Tensor]:
+def layer(ours: str, theirs: str, layout: Layout = SAME, bias: bool = True) -> list[Row]:
+    """Return rows for the weight, which lies as `layout` says, and the bias of a torch layer."""
+    weight = Row(f"{ours}.weight", (f"{theirs}.weight",), layout)
+    return [weight, Row(f"{ours}.bias", (f"{theirs}.bias",))] if bias else [weight]
+
+
+def batch_norm(ours: str, theirs: str) -> list[Row]:
+    """Return rows for a torch BatchNorm."""
+    rows = layer(ours, theirs)
+    for part in ("running_mean", "running_var", "num_batches_tracked"):
+        rows.append(Row(f"{ours}.{part}", (f"{theirs}.{part}",), counter=part == "num_batches_tracked"))
+    return rows
+
+
+def read_rows(rows: Iterable[Row], arrays: Arrays, source: str) -> dict[str, Tensor]:
     """Return our state dict from foreign arrays, every one of which must find its row."""
     state: dict[str, Tensor] = {}
     left = dict(arrays)
-    for row in _per_block(rows, depth):
+    for row in rows:
         if missing := [name for name in row.theirs if name not in left]:
+            if row.counter:
+                state[row.ours] = torch.tensor(0)
+                continue
             raise UserError(f"{source} lacks the array {missing[0]!r}; it is incomplete, or not a model vitrail knows.")
         theirs = [_as_weights(name, left.pop(name), source) for name in row.theirs]
         try:
@@ -144,24 +151,15 @@ def read_rows(rows: Iterable[Row], depth: int, arrays: Arrays, source: str) -> d
     return state
 
 
-def write_rows(rows: Iterable[Row], depth: int, heads: int, state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+def write_rows(rows: Iterable[Row], state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Return foreign arrays from our state dict, in float32 as the foreign files are; counters stay whole numbers."""
     arrays: dict[str, np.ndarray] = {}
-    for row in _per_block(rows, depth):
+    for row in rows:
         tensor = state[row.ours].detach().cpu()
         ours = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        for name, array in zip(row.theirs, row.layout.write(ours, len(row.theirs), heads), strict=True):
+        for name, array in zip(row.theirs, row.layout.write(ours, len(row.theirs)), strict=True):
             arrays[name] = np.asarray(array, order="C")  # ascontiguousarray would give a counter an axis
     return arrays
-
-
-def _per_block(rows: Iterable[Row], depth: int) -> Iterable[Row]:
-    for row in rows:
-        if "{}" in row.ours:
-            for block in range(depth):
-                yield Row(row.ours.format(block), tuple(name.format(block) for name in row.theirs), row.layout)
-        else:
-            yield row
 
 
 def _as_weights(name: str, array: np.ndarray, source: str) -> np.ndarray:

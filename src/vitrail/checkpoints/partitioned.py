@@ -84,6 +84,8 @@ def read_partitioned(path: Path) -> dict[str, np.ndarray]:
 def write_partitioned(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write weights as a partitioned checkpoint of one data file, as google-research/vmoe reads it.
 
+    An older checkpoint stands until the new data is written. From then on there is no index, until the new one stands.
+
     Args:
         path: The `.index` file; the data file comes beside it.
         arrays: By name, without "params/".
@@ -104,7 +106,13 @@ def write_partitioned(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     index = pack({"shard_count": 1, "index": tree, "version": VERSION})
     ordered = [np.asarray(arrays[name], order="C") for name in names]
     size = sum(array.nbytes for array in ordered)
-    replace_file(_data_path(path, 0, 1), lambda file: _write_data(file, ordered), size=size)
+
+    def write(file: BinaryIO) -> None:
+        _write_data(file, ordered)
+        # An older index over the new data could be read, and give a mix of both; without one it is an error.
+        path.resolve().unlink(missing_ok=True)
+
+    replace_file(_data_path(path, 0, 1), write, size=size)
     replace_file(path, lambda file: file.write(index), size=len(index))
 
 

@@ -4,14 +4,13 @@ DeiT's, DINO's and MIIL's ImageNet-21K-P weights are under the same names. Not t
 `heads_of`) and GELU's flavour, which is the exact one in timm, for weights from the JAX code too.
 """
 
-import re
 from dataclasses import dataclass
 from typing import final
 
 import numpy as np
 from torch import Tensor
 
-from vitrail.checkpoints.names import NO_HINTS, Arrays, Hints, NameTable, Row, read_rows, write_rows
+from vitrail.checkpoints.names import NO_HINTS, Arrays, Hints, NameTable, Row, layer, read_rows, write_rows
 from vitrail.checkpoints.vit_shapes import Shapes, depth_of, heads_of, positions_of, stages_of
 from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Preprocessing
@@ -25,15 +24,10 @@ PRE_LOGITS = "pre_logits.fc"
 """The tanh layer before the head in weights of timm before 0.5; timm has none today."""
 
 
-def _pair(ours: str, theirs: str, bias: bool = True) -> list[Row]:
-    """Return rows for a weight and its bias: torch's layers lie as ours do."""
-    return [Row(f"{ours}.{kind}", (f"{theirs}.{kind}",)) for kind in (("weight", "bias") if bias else ("weight",))]
-
-
 def stem_rows(stem: ResNetStem) -> list[Row]:
     """Return the name table of a hybrid's stem."""
     root = f"{BACKBONE}.stem" if stem.blocks else BACKBONE
-    rows = [*_pair("stem.conv", f"{root}.conv", bias=False), *_pair("stem.norm", f"{root}.norm")]
+    rows = [*layer("stem.conv", f"{root}.conv", bias=False), *layer("stem.norm", f"{root}.norm")]
     for stage, units in enumerate(stem.blocks):
         for unit in range(units):
             ours, theirs = f"stem.stages.{stage}.{unit}", f"{BACKBONE}.stages.{stage}.blocks.{unit}"
@@ -41,41 +35,43 @@ def stem_rows(stem: ResNetStem) -> list[Row]:
             if unit == 0:
                 parts["_proj"] = ("downsample.conv", "downsample.norm")
             for part, (conv, norm) in parts.items():
-                rows += _pair(f"{ours}.conv{part}", f"{theirs}.{conv}", bias=False)
-                rows += _pair(f"{ours}.norm{part}", f"{theirs}.{norm}")
+                rows += layer(f"{ours}.conv{part}", f"{theirs}.{conv}", bias=False)
+                rows += layer(f"{ours}.norm{part}", f"{theirs}.{norm}")
     return rows
 
 
 def timm_rows(config: ViTConfig) -> list[Row]:
     """Return the name table of a Vision Transformer."""
     rows = [] if config.stem is None else stem_rows(config.stem)
-    rows += _pair("patch_embed", "patch_embed.proj")
+    rows += layer("patch_embed", "patch_embed.proj")
     if config.pool == "token":
         rows.append(Row("class_token", ("cls_token",)))
-    rows += [
-        Row("positions", ("pos_embed",)),
-        *_pair("encoder.{}.norm1", "blocks.{}.norm1"),
-        *_pair("encoder.{}.attention.qkv", "blocks.{}.attn.qkv", bias=config.qkv_bias),
-        *_pair("encoder.{}.attention.out", "blocks.{}.attn.proj"),
-        *_pair("encoder.{}.norm2", "blocks.{}.norm2"),
-        *_pair("encoder.{}.mlp.up", "blocks.{}.mlp.fc1"),
-        *_pair("encoder.{}.mlp.down", "blocks.{}.mlp.fc2"),
-        *_pair("norm", "norm"),
-    ]
+    rows.append(Row("positions", ("pos_embed",)))
+    for block in range(config.depth):
+        ours, theirs = f"encoder.{block}", f"blocks.{block}"
+        rows += [
+            *layer(f"{ours}.norm1", f"{theirs}.norm1"),
+            *layer(f"{ours}.attention.qkv", f"{theirs}.attn.qkv", bias=config.qkv_bias),
+            *layer(f"{ours}.attention.out", f"{theirs}.attn.proj"),
+            *layer(f"{ours}.norm2", f"{theirs}.norm2"),
+            *layer(f"{ours}.mlp.up", f"{theirs}.mlp.fc1"),
+            *layer(f"{ours}.mlp.down", f"{theirs}.mlp.fc2"),
+        ]
+    rows += layer("norm", "norm")
     if config.pool == "map":
         rows += [
             Row("attention_pool.probe", ("attn_pool.latent",)),
-            *_pair("attention_pool.query", "attn_pool.q"),
-            *_pair("attention_pool.key_value", "attn_pool.kv"),
-            *_pair("attention_pool.out", "attn_pool.proj"),
-            *_pair("attention_pool.norm", "attn_pool.norm"),
-            *_pair("attention_pool.mlp.up", "attn_pool.mlp.fc1"),
-            *_pair("attention_pool.mlp.down", "attn_pool.mlp.fc2"),
+            *layer("attention_pool.query", "attn_pool.q"),
+            *layer("attention_pool.key_value", "attn_pool.kv"),
+            *layer("attention_pool.out", "attn_pool.proj"),
+            *layer("attention_pool.norm", "attn_pool.norm"),
+            *layer("attention_pool.mlp.up", "attn_pool.mlp.fc1"),
+            *layer("attention_pool.mlp.down", "attn_pool.mlp.fc2"),
         ]
     if config.pre_logits:
-        rows += _pair("pre_logits", PRE_LOGITS)
+        rows += layer("pre_logits", PRE_LOGITS)
     if config.num_classes:
-        rows += _pair("head", "head")
+        rows += layer("head", "head")
     return rows
 
 
@@ -100,7 +96,7 @@ class TimmViT(NameTable):
                 "vitrail's models average after it, which is another function, so these weights cannot be used."
             )
         config = _read_config(Shapes(arrays, source, "timm ViT"), hints)
-        return config, read_rows(timm_rows(config), config.depth, arrays, source)
+        return config, read_rows(timm_rows(config), arrays, source)
 
     def from_ours(self, model: ImageModel) -> dict[str, np.ndarray]:
         config = model.config
@@ -109,7 +105,7 @@ class TimmViT(NameTable):
             raise UserError("timm's ViT has learned positions only, and this model has sin-cos positions.")
         if config.pre_logits:
             raise UserError("timm's ViT has no layer like pre_logits; give the model a fresh head with num_classes=.")
-        return write_rows(timm_rows(config), config.depth, config.heads, model.state_dict())
+        return write_rows(timm_rows(config), model.state_dict())
 
     def preprocessing(self, config: ModelConfig) -> Preprocessing:
         """Return what timm's `default_cfgs` say: of MIIL's weights, the ones without qkv biases, values in [0, 1]."""
@@ -129,7 +125,7 @@ def _read_config(shapes: Shapes, hints: Hints) -> ViTConfig:
     patch_size = patch[0], patch[1]
     stem, channels = _read_stem(shapes) or (None, entering)
     token, pooling = "cls_token" in arrays, "attn_pool.latent" in arrays
-    depth = depth_of(arrays, r"blocks\.(\d+)\.")
+    depth = depth_of(arrays, "blocks.{}.")
     mlp_dim = shapes.of("blocks.0.mlp.fc1.weight", 2)[0]
     shapes.of("pos_embed", 3)
     positions, image_size = positions_of(shapes, "pos_embed", patch_size, stem, (1, 0) if token else (0,), hints)
@@ -155,7 +151,7 @@ def _read_stem(shapes: Shapes) -> tuple[ResNetStem, int] | None:
     """Return the stem of a hybrid and the channels of a picture; None when there is no stem."""
     if not any(name.startswith(f"{BACKBONE}.") for name in shapes.arrays):
         return None
-    blocks = stages_of(shapes.arrays, re.escape(BACKBONE) + r"\.stages\.(\d+)\.blocks\.(\d+)\.")
+    blocks = stages_of(shapes.arrays, BACKBONE + ".stages.{}.blocks.{}.")
     root = f"{BACKBONE}.stem.conv.weight" if blocks else f"{BACKBONE}.conv.weight"
     width, channels, *_ = shapes.of(root, 4)
     return ResNetStem(blocks=blocks, width=width), channels

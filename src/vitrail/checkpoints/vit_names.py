@@ -11,29 +11,14 @@ What came out over the years is brought to one form first, then one table reads 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
 import numpy as np
 from torch import Tensor
 
-from vitrail.checkpoints.names import (
-    CONV,
-    DENSE,
-    FROM_HEADS,
-    HEADS_BIAS,
-    NO_HINTS,
-    SAME,
-    TO_HEADS,
-    Arrays,
-    Hints,
-    Layout,
-    NameTable,
-    Row,
-    read_rows,
-    write_rows,
-)
+from vitrail.checkpoints.names import NO_HINTS, Arrays, Hints, Layout, NameTable, Row, read_rows, write_rows
 from vitrail.checkpoints.vit_shapes import Shapes, depth_of, positions_of, stages_of
 from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Fit, Preprocessing
@@ -52,6 +37,8 @@ PUBLISHED = (
 POSITIONS = ("pos_embedding", "Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding")
 """Places of the position table; the first is the one that the table below knows."""
 INLINED_POOL = ("probe", "MlpBlock_0/", f"{ATTENTION}/", "LayerNorm_0/")
+GROUP_NORM = re.compile(r"(^|/)gn(_root|_proj|\d)/(scale|bias)$")
+"""Names in a hybrid's ResNet that the published files give three axes of one."""
 PREFIXES = (
     ("opt/target/", r"opt/state/.*|extra/.*"),
     ("params/img/", r"params/txt/.*|params/[tb]|opt/.*|extra/.*"),
@@ -59,39 +46,41 @@ PREFIXES = (
 )
 """Where weights lie in big_vision's files, and what else may lie beside them. The first prefix that occurs counts."""
 
-CHANNELS = Layout(
-    lambda theirs: theirs[0].reshape(theirs[0].shape[-1:]) if theirs[0].ndim == 4 else theirs[0],
-    lambda ours, parts, heads: [ours],
-)
-"""A number per channel: written as a vector, read with axes of one for the other sides too."""
+CONV = Layout("h w i o", "o i h w")
+DENSE = Layout("i o", "o i")
 
 
-def _layer(ours: str, theirs: str) -> list[Row]:
-    return [Row(f"{ours}.weight", (f"{theirs}/kernel",), DENSE), Row(f"{ours}.bias", (f"{theirs}/bias",))]
+def to_heads(heads: int) -> Layout:
+    """Return how the layers that lead to heads lie: their matrices, and their biases too."""
+    return Layout("... heads dh", "(heads dh) ...", {"heads": heads})
+
+
+def from_heads(heads: int) -> Layout:
+    """Return how the matrix that leads back from heads lies."""
+    return Layout("heads dh d", "d (heads dh)", {"heads": heads})
+
+
+def _layer(ours: str, theirs: str, layout: Layout = DENSE) -> list[Row]:
+    return [Row(f"{ours}.weight", (f"{theirs}/kernel",), layout), Row(f"{ours}.bias", (f"{theirs}/bias",))]
 
 
 def _norm(ours: str, theirs: str) -> list[Row]:
     return [Row(f"{ours}.weight", (f"{theirs}/scale",)), Row(f"{ours}.bias", (f"{theirs}/bias",))]
 
 
-def _heads(ours: str, theirs: str, *parts: str, bias: bool = True) -> list[Row]:
-    rows = [Row(f"{ours}.weight", tuple(f"{theirs}/{part}/kernel" for part in parts), TO_HEADS)]
-    if bias:
-        rows.append(Row(f"{ours}.bias", tuple(f"{theirs}/{part}/bias" for part in parts), HEADS_BIAS))
-    return rows
-
-
-def _out(ours: str, theirs: str) -> list[Row]:
-    return [Row(f"{ours}.weight", (f"{theirs}/kernel",), FROM_HEADS), Row(f"{ours}.bias", (f"{theirs}/bias",))]
+def _projection(ours: str, theirs: str, parts: Sequence[str], heads: int, bias: bool = True) -> list[Row]:
+    """Return rows for one layer of ours that leads to the heads of all parts (queries, keys, values)."""
+    kinds = {"weight": "kernel", "bias": "bias"} if bias else {"weight": "kernel"}
+    return [
+        Row(f"{ours}.{here}", tuple(f"{theirs}/{part}/{there}" for part in parts), to_heads(heads))
+        for here, there in kinds.items()
+    ]
 
 
 def _std_conv(ours: str, theirs: str, part: str, their_part: str) -> list[Row]:
     """Return rows for a convolution without bias and the GroupNorm after it."""
-    return [
-        Row(f"{ours}conv{part}.weight", (f"{theirs}conv{their_part}/kernel",), CONV),
-        Row(f"{ours}norm{part}.weight", (f"{theirs}gn{their_part}/scale",), CHANNELS),
-        Row(f"{ours}norm{part}.bias", (f"{theirs}gn{their_part}/bias",), CHANNELS),
-    ]
+    conv = Row(f"{ours}conv{part}.weight", (f"{theirs}conv{their_part}/kernel",), CONV)
+    return [conv, *_norm(f"{ours}norm{part}", f"{theirs}gn{their_part}")]
 
 
 def stem_rows(stem: ResNetStem) -> list[Row]:
@@ -107,31 +96,35 @@ def stem_rows(stem: ResNetStem) -> list[Row]:
 
 def vit_rows(config: ViTConfig) -> list[Row]:
     """Return the name table of a Vision Transformer, in the one form that all files are brought to."""
-    pool = "MAPHead_0"
+    heads = config.heads
     rows = [] if config.stem is None else stem_rows(config.stem)
-    rows += [Row("patch_embed.weight", ("embedding/kernel",), CONV), Row("patch_embed.bias", ("embedding/bias",))]
+    rows += _layer("patch_embed", "embedding", CONV)
     if config.pool == "token":
         rows.append(Row("class_token", ("cls",)))
     if config.positions != "sincos":
         rows.append(Row("positions", (POSITIONS[0],)))
-    rows += [
-        *_norm("encoder.{}.norm1", f"{BLOCK}/LayerNorm_0"),
-        *_heads("encoder.{}.attention.qkv", f"{BLOCK}/{ATTENTION}", "query", "key", "value", bias=config.qkv_bias),
-        *_out("encoder.{}.attention.out", f"{BLOCK}/{ATTENTION}/out"),
-        *_norm("encoder.{}.norm2", f"{BLOCK}/LayerNorm_1"),
-        *_layer("encoder.{}.mlp.up", f"{BLOCK}/MlpBlock_0/Dense_0"),
-        *_layer("encoder.{}.mlp.down", f"{BLOCK}/MlpBlock_0/Dense_1"),
-        *_norm("norm", "Transformer/encoder_norm"),
-    ]
-    if config.pool == "map":
+    for block in range(config.depth):
+        ours, theirs = f"encoder.{block}", BLOCK.format(block)
+        attention, parts = f"{theirs}/{ATTENTION}", ("query", "key", "value")
         rows += [
-            Row("attention_pool.probe", (f"{pool}/probe",), SAME),
-            *_heads("attention_pool.query", f"{pool}/{ATTENTION}", "query"),
-            *_heads("attention_pool.key_value", f"{pool}/{ATTENTION}", "key", "value"),
-            *_out("attention_pool.out", f"{pool}/{ATTENTION}/out"),
-            *_norm("attention_pool.norm", f"{pool}/LayerNorm_0"),
-            *_layer("attention_pool.mlp.up", f"{pool}/MlpBlock_0/Dense_0"),
-            *_layer("attention_pool.mlp.down", f"{pool}/MlpBlock_0/Dense_1"),
+            *_norm(f"{ours}.norm1", f"{theirs}/LayerNorm_0"),
+            *_projection(f"{ours}.attention.qkv", attention, parts, heads, bias=config.qkv_bias),
+            *_layer(f"{ours}.attention.out", f"{attention}/out", from_heads(heads)),
+            *_norm(f"{ours}.norm2", f"{theirs}/LayerNorm_1"),
+            *_layer(f"{ours}.mlp.up", f"{theirs}/MlpBlock_0/Dense_0"),
+            *_layer(f"{ours}.mlp.down", f"{theirs}/MlpBlock_0/Dense_1"),
+        ]
+    rows += _norm("norm", "Transformer/encoder_norm")
+    if config.pool == "map":
+        ours, theirs, attention = "attention_pool", "MAPHead_0", f"MAPHead_0/{ATTENTION}"
+        rows += [
+            Row(f"{ours}.probe", (f"{theirs}/probe",)),
+            *_projection(f"{ours}.query", attention, ["query"], heads),
+            *_projection(f"{ours}.key_value", attention, ["key", "value"], heads),
+            *_layer(f"{ours}.out", f"{attention}/out", from_heads(heads)),
+            *_norm(f"{ours}.norm", f"{theirs}/LayerNorm_0"),
+            *_layer(f"{ours}.mlp.up", f"{theirs}/MlpBlock_0/Dense_0"),
+            *_layer(f"{ours}.mlp.down", f"{theirs}/MlpBlock_0/Dense_1"),
         ]
     if config.pre_logits:
         rows += _layer("pre_logits", "pre_logits")
@@ -164,7 +157,7 @@ class OfficialViT(NameTable):
     ) -> tuple[ModelConfig, dict[str, Tensor]]:
         plain = _one_form(arrays, source)
         config = _read_config(plain, hints, source)
-        return config, read_rows(vit_rows(config), config.depth, plain, source)
+        return config, read_rows(vit_rows(config), plain, source)
 
     def from_ours(self, model: ImageModel) -> dict[str, np.ndarray]:
         config = model.config
@@ -177,7 +170,7 @@ class OfficialViT(NameTable):
             )
         if config.stem is not None and self.prefix:
             raise UserError(f"the names {self.name!r} have no place for a ResNet stem; use names='vit'.")
-        arrays = write_rows(vit_rows(config), config.depth, config.heads, model.state_dict())
+        arrays = write_rows(vit_rows(config), model.state_dict())
         return {self.prefix + self._written(name, config): array for name, array in arrays.items()}
 
     def preprocessing(self, config: ModelConfig) -> Preprocessing:
@@ -216,6 +209,8 @@ def _one_form(arrays: Arrays, source: str) -> dict[str, np.ndarray]:
             if array.ndim == 0:
                 raise UserError(f"{source}: {name} has no axis for the blocks; it is not a model vitrail knows.")
             plain |= {f"{match[1]}_{block}/{match[2]}": part for block, part in enumerate(array)}
+        elif GROUP_NORM.search(name) and array.shape[:-1] == (1, 1, 1):
+            plain[name] = array[0, 0, 0]
         else:
             plain[name] = array
     renamed = {_renamed(name, inlined="probe" in plain): array for name, array in plain.items()}
@@ -253,7 +248,7 @@ def _read_config(arrays: Mapping[str, np.ndarray], hints: Hints, source: str) ->
     patch_size, stem = (patch[0], patch[1]), None
     if "conv_root/kernel" in arrays:
         *_, channels, root = shapes.of("conv_root/kernel", 4)
-        stem = ResNetStem(blocks=stages_of(arrays, r"block(\d+)/unit(\d+)/"), width=root)
+        stem = ResNetStem(blocks=stages_of(arrays, "block{}/unit{}/"), width=root)
     first = BLOCK.format(0)
     _, heads, head_width = shapes.of(f"{first}/{ATTENTION}/query/kernel", 3)
     if heads * head_width != width:
@@ -273,7 +268,7 @@ def _read_config(arrays: Mapping[str, np.ndarray], hints: Hints, source: str) ->
         channels=channels,
         num_classes=shapes.leading("head/bias", 1),
         width=width,
-        depth=depth_of(arrays, r"Transformer/encoderblock_(\d+)/"),
+        depth=depth_of(arrays, f"{BLOCK}/"),
         mlp_dim=shapes.of(f"{first}/MlpBlock_0/Dense_0/kernel", 2)[1],
         heads=heads,
         pool="map" if pooling else "token" if token else "gap",

@@ -40,15 +40,20 @@ class Shapes:
 
 
 def depth_of(names: Iterable[str], block: str) -> int:
-    """Return how many blocks names speak of; the pattern `block` captures the number of one."""
-    return len({match[1] for name in names if (match := re.match(block, name))})
+    """Return how many blocks names speak of; `block` is how theirs begin, with the number as `{}`: "blocks.{}."."""
+    return len(_numbers(names, block))
 
 
-def stages_of(names: Iterable[str], unit: str) -> tuple[int, ...]:
-    """Return the number of bottlenecks in each stage of a stem; `unit` captures the numbers of stage and bottleneck."""
-    found = {(int(match[1]), match[2]) for name in names if (match := re.match(unit, name))}
-    stages = [stage for stage, _ in found]
+def stages_of(names: Iterable[str], block: str) -> tuple[int, ...]:
+    """Return the number of blocks in each stage; `block` is how their names begin, the stage's number before theirs."""
+    stages = [stage for stage, _ in _numbers(names, block)]
     return tuple(stages.count(stage) for stage in sorted(set(stages)))
+
+
+def _numbers(names: Iterable[str], begin: str) -> set[tuple[int, ...]]:
+    """Return the numbers that names have in the places of `{}`."""
+    pattern = re.compile(r"(\d{1,9})".join(map(re.escape, begin.split("{}"))))
+    return {tuple(map(int, match.groups())) for name in names if (match := pattern.match(name))}
 
 
 def heads_of(width: int, depth: int, mlp_dim: int, hints: Hints, source: str) -> int:

@@ -9,17 +9,8 @@ from typing import final
 import numpy as np
 from torch import Tensor
 
-from vitrail.checkpoints.names import (
-    DENSE,
-    NO_HINTS,
-    Arrays,
-    Hints,
-    NameTable,
-    Row,
-    read_rows,
-    write_rows,
-)
-from vitrail.checkpoints.vit_names import vit_rows
+from vitrail.checkpoints.names import NO_HINTS, Arrays, Hints, NameTable, Row, read_rows, write_rows
+from vitrail.checkpoints.vit_names import DENSE, vit_rows
 from vitrail.checkpoints.vit_shapes import Shapes, depth_of, positions_of
 from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Preprocessing
@@ -44,15 +35,9 @@ HEADINGS = (
 
 def vmoe_rows(config: ViTMoEConfig) -> list[Row]:
     """Return the name table of a V-MoE."""
-    rows: list[Row] = []
-    for row in vit_rows(config):
-        theirs = tuple(_heading(name) for name in row.theirs)
-        if not row.ours.startswith("encoder.{}.mlp."):
-            rows.append(Row(row.ours, theirs, row.layout))
-            continue
-        for block in range(config.depth):
-            if block not in config.moe_layers:
-                rows.append(Row(row.ours.format(block), tuple(name.format(block) for name in theirs), row.layout))
+    experts = tuple(f"encoder.{block}.mlp." for block in config.moe_layers)
+    plain = (row for row in vit_rows(config) if not row.ours.startswith(experts))
+    rows = [Row(row.ours, tuple(map(_heading, row.theirs)), row.layout) for row in plain]
     for block in config.moe_layers:
         ours, theirs = f"encoder.{block}.mlp", f"{BLOCK.format(block)}/Moe"
         rows.append(Row(f"{ours}.router.dense.weight", (f"{theirs}/Router/dense/kernel",), DENSE))
@@ -76,7 +61,7 @@ class OfficialVMoE(NameTable):
         self, arrays: Arrays, *, hints: Hints = NO_HINTS, source: str = "this file"
     ) -> tuple[ModelConfig, dict[str, Tensor]]:
         config = _read_config(arrays, hints, source)
-        return config, read_rows(vmoe_rows(config), config.depth, arrays, source)
+        return config, read_rows(vmoe_rows(config), arrays, source)
 
     def from_ours(self, model: ImageModel) -> dict[str, np.ndarray]:
         config = model.config
@@ -89,7 +74,7 @@ class OfficialVMoE(NameTable):
         }
         if found := [what for what, there in lacking.items() if there]:
             raise UserError(f"the names 'vmoe' have no place for {found[0]}; the official code has no such model.")
-        return write_rows(vmoe_rows(config), config.depth, config.heads, model.state_dict())
+        return write_rows(vmoe_rows(config), model.state_dict())
 
     def preprocessing(self, config: ModelConfig) -> Preprocessing:
         """Pre-trained models see the centre of a picture at 224 pixels, fine-tuned ones all of it (vmoe `configs/`)."""
@@ -134,7 +119,7 @@ def _read_config(arrays: Arrays, hints: Hints, source: str) -> ViTMoEConfig:
         channels=channels,
         num_classes=shapes.leading("head/bias", 1),
         width=width,
-        depth=depth_of(arrays, r"Encoder/encoderblock_(\d+)/"),
+        depth=depth_of(arrays, f"{BLOCK}/"),
         mlp_dim=shapes.of(f"{moe}/Mlp/Dense_0/kernel", 3)[2],
         heads=heads,
         pool="map" if "MapHead/probe" in arrays else "token" if token else "gap",
