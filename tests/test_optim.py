@@ -1,14 +1,17 @@
 """Optimizers, schedules and averages against the formulas they cite."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from families import TINY
 
 from vitrail.config.run import OptimConfig
 from vitrail.errors import UserError
-from vitrail.models import create_model
+from vitrail.models import build, create_model
+from vitrail.models.base import WithLoss
 from vitrail.optim import (
     AveragedWeights,
     build_optimizer,
@@ -167,3 +170,52 @@ def test_frozen_statistics_stay_frozen_while_all_else_trains() -> None:
 def test_a_model_without_a_head_cannot_train_its_head() -> None:
     with pytest.raises(UserError, match="no head"):
         prepare(create_model("vit-ti16", num_classes=0, depth=1), OptimConfig(train="head"))
+
+
+def test_nesterov_looks_ahead_by_the_momentum() -> None:
+    model = create_model("vit-ti16", num_classes=2, depth=1, width=16, mlp_dim=16, heads=2, image_size=16)
+    optimizer = build_optimizer(model, OptimConfig(name="sgd", nesterov=True, lr=0.1, weight_decay=0.0))
+    assert model.head is not None
+    before = model.head.weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # the velocity is the gradient, and the step gradient + 0.9 velocity
+    torch.testing.assert_close(model.head.weight, before - 0.1 * 1.9)
+
+
+def test_the_head_may_have_a_decay_of_its_own() -> None:
+    model = create_model("vit-ti16", num_classes=2, depth=1)
+    groups = parameter_groups(model, OptimConfig(weight_decay=0.03, head_decay=3.0))
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        kernel = parameter.ndim > 1 and name.endswith(".weight")
+        assert decays[id(parameter)] == (3.0 if name == "head.weight" else 0.03 if kernel else 0.0), name
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+@pytest.mark.parametrize("family", TINY)
+def test_every_family_learns_by_every_optimizer(name: str, family: str) -> None:
+    torch.manual_seed(0)
+    model = build(replace(TINY[family], num_classes=2)).train()
+    optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.01))
+    images, labels, losses = torch.randn(4, 3, *model.config.image_size), torch.tensor([0, 1, 0, 1]), []
+    for _ in range(8):
+        answer = model(images)
+        logits = answer.logits if isinstance(answer, WithLoss) else answer
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+def test_muon_takes_hidden_matrices_and_leaves_the_rest_to_adamw() -> None:
+    model = build(TINY["cvt"])
+    groups = parameter_groups(model, OptimConfig(name="muon"))
+    matrices = {id(p) for group in groups if group["matrices"] for p in group["params"]}
+    taken = {name for name, parameter in model.named_parameters() if id(parameter) in matrices}
+    assert "stages.0.encoder.0.mlp.up.weight" in taken
+    assert not taken & {"head.weight", model.input_kernel, "stages.2.class_token", "norm.weight"}
+    depthwise = [name for name, p in model.named_parameters() if p.ndim == 4 and p.shape[1] == 1]
+    assert depthwise and not taken & set(depthwise)

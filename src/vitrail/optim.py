@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from vitrail.config.run import OptimConfig
 from vitrail.errors import UserError
 from vitrail.models.base import ImageModel
+from vitrail.optimizers import Adafactor, Muon
 
 
 def prepare(model: ImageModel, config: OptimConfig) -> None:
@@ -40,31 +41,64 @@ def parameter_groups(model: ImageModel, config: OptimConfig) -> list[dict[str, A
     position. Each group carries `lr_scale`, its factor on the schedule (BEiT, arXiv 2106.08254, appendix).
     """
     top = len(model.blocks()) + 1
-    groups: dict[tuple[bool, int], dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and name.endswith(".weight")
+        kernel = parameter.ndim > 1 and name.endswith(".weight")
+        decay = config.weight_decay
+        if name.startswith("head.") and config.head_decay is not None:
+            decay = config.head_decay
         distance = top - model.depth_of(name) if config.layer_decay < 1 else 0
-        group = groups.setdefault(
-            (decays, distance),
-            {
-                "params": [],
-                "weight_decay": config.weight_decay if decays else 0.0,
-                "lr_scale": config.layer_decay**distance,
-            },
-        )
-        group["params"].append(parameter)
+        settings: dict[str, Any] = {"weight_decay": decay if kernel else 0.0, "lr_scale": config.layer_decay**distance}
+        if config.name == "adafactor" and kernel:
+            settings["shape"] = _heads_apart(model, name, parameter)
+        if config.name == "muon":
+            settings["matrices"] = kernel and _is_hidden_matrix(model, name, parameter)
+            if settings["matrices"]:
+                settings["parts"] = _parts(name)
+        groups.setdefault(tuple(settings.items()), {"params": [], **settings})["params"].append(parameter)
     return list(groups.values())
+
+
+def _is_hidden_matrix(model: ImageModel, name: str, kernel: Tensor) -> bool:
+    """Return whether a kernel is between input and head, and mixes channels, as those of depthwise convolutions do not.
+
+    Newton-Schulz makes directions of a matrix equal; an embedding or a classifier has none that should be.
+    """
+    return name != model.input_kernel and not name.startswith("head.") and 1 not in kernel.shape[:2]
+
+
+def _parts(name: str) -> int:
+    """Return how many matrices a kernel holds, one above the other."""
+    return {"qkv": 3, "key_value": 2}.get(name.split(".")[-2], 1)
+
+
+def _heads_apart(model: ImageModel, name: str, kernel: Tensor) -> tuple[int, ...] | None:
+    """Return the shape in which an attention kernel has an axis of heads, as in big_vision; None for others."""
+    path, _, layer = name.removesuffix(".weight").rpartition(".")
+    heads = getattr(model.get_submodule(path), "heads", None)
+    if heads is None or layer not in ("qkv", "key_value", "query", "out"):
+        return None
+    rows, columns = kernel.shape
+    parts = _parts(name)
+    return (rows, heads, columns // heads) if layer == "out" else (parts, heads, rows // parts // heads, columns)
 
 
 def build_optimizer(model: ImageModel, config: OptimConfig) -> Optimizer:
     """Return the optimizer of a model's trainable parameters."""
     groups = parameter_groups(model, config)
-    if config.name == "sgd":
-        return SGD(groups, lr=config.lr, momentum=config.momentum)
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-    return AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    match config.name:
+        case "sgd":
+            return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        case "adamw":
+            return AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+        case "muon":
+            return Muon(groups, lr=config.lr, momentum=config.momentum, betas=config.betas, fused=fused)
+        case "adafactor":
+            experts = getattr(model.config, "experts", 0)
+            return Adafactor(groups, lr=config.lr, min_dim_size_to_factor=max(32, experts + 1))
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:

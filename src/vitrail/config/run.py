@@ -109,8 +109,8 @@ RecipeConfig = SupervisedConfig | SamConfig | SemanticConfig
 class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW (decoupled weight decay) or SGD with momentum."""
+    name: Literal["adamw", "sgd", "muon", "adafactor"] = "adamw"
+    """AdamW, SGD with momentum, Muon (hidden matrices; AdamW for the rest), or Adafactor as ViT-G trains with it."""
     train: Literal["all", "head"] = "all"
     """`head`: only the head learns; the body answers as in evaluation, and nothing in it changes."""
     lr: float = 1e-3
@@ -119,8 +119,12 @@ class OptimConfig:
     """Decay of weight matrices; biases, norms, positions and class token are left alone."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW: decay of both moments."""
+    head_decay: float | None = None
+    """Decay of the head's weight matrix, where it differs from `weight_decay`."""
     momentum: float = 0.9
-    """SGD: momentum."""
+    """SGD, Muon: momentum."""
+    nesterov: bool = False
+    """SGD: Nesterov momentum; Muon always has it."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 is off."""
     layer_decay: float = 1.0
@@ -150,6 +154,10 @@ class OptimConfig:
             raise UserError(f"--optim.betas must lie in [0, 1), not {self.betas}.")
         if not 0 <= self.momentum < 1:
             raise UserError(f"--optim.momentum must lie in [0, 1), not {self.momentum}.")
+        if self.nesterov and (self.name != "sgd" or not self.momentum):
+            raise UserError("--optim.nesterov needs --optim.name sgd and --optim.momentum above 0.")
+        if self.head_decay is not None and self.head_decay < 0:
+            raise UserError(f"--optim.head-decay must not be negative, not {self.head_decay}.")
         for name in ("weight_decay", "clip_norm", "warmup_steps", "cooldown_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"--optim.{name.replace('_', '-')} must not be negative, not {getattr(self, name)}.")

@@ -1,0 +1,6 @@
+"""Optimizers that torch does not have, or not as the recipes need them."""
+
+from vitrail.optimizers.adafactor import Adafactor
+from vitrail.optimizers.muon import Muon
+
+__all__ = ["Adafactor", "Muon"]
