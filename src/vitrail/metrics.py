@@ -259,14 +259,30 @@ class Evaluation:
 def judged_by(metrics: dict[str, float]) -> str:
     """Return the name of the metric that decides between models: `top1`, or `mAP` where pictures have several labels.
 
-    `nll` where neither is defined, because no picture carries any label.
+    `nll` where neither is defined, because no picture carries any label; `masked_loss` where no model classifies.
     """
-    return next(name for name in ("top1", "mAP", "nll") if name in metrics)
+    return next(name for name in ("top1", "mAP", "nll", "masked_loss") if name in metrics)
+
+
+def mean_loss(losses: Float[np.ndarray, "n 1"]) -> dict[str, float]:
+    """Return the metrics of a learner that does not classify: the mean loss of its pictures, `masked_loss`.
+
+    Raises:
+        UserError: When there is none, or a loss is not a number.
+    """
+    if not len(losses):
+        raise UserError("there is no picture to evaluate.")
+    if not np.isfinite(losses).all():
+        raise UserError(
+            "the validation loss is NaN or infinite. The training has diverged, or half precision overflows: try fp32."
+        )
+    return {"masked_loss": float(losses.mean(dtype=np.float64))}
 
 
 def score(metrics: dict[str, float]) -> tuple[float, float]:
     """Return what makes one result better than another, larger being better: accuracy or mAP, then a lower loss."""
-    return metrics.get("top1", metrics.get("mAP", 0.0)), -metrics["nll"]
+    loss = metrics["nll"] if "nll" in metrics else metrics["masked_loss"]
+    return metrics.get("top1", metrics.get("mAP", 0.0)), -loss
 
 
 def probabilities(logits: Float[np.ndarray, "n classes"], multi_label: bool) -> Float[np.ndarray, "n classes"]:

@@ -92,8 +92,8 @@ def _charts(runs: tuple[Run, ...]) -> Iterator[tuple[str, str]]:
     for metric in dict.fromkeys(run.metric for run in runs if run.metric):
         # A run that is judged by another metric keeps its place, and so its colour, without a line.
         lines = [_line(place, run.score if run.metric == metric else []) for place, run in enumerate(runs, start=1)]
-        name = f"{NAMES[metric]} on validation pictures"
-        yield name, line_chart(lines, label=f"{name} over the updates.", x_label="updates", percent=True)
+        name = f"{NAMES.get(metric, 'Loss')} on validation pictures"
+        yield name, line_chart(lines, label=f"{name} over the updates.", x_label="updates", percent=metric in NAMES)
 
 
 def _line(place: int, points: Points) -> Series:
@@ -117,6 +117,8 @@ def _steps(run: Run) -> str:
 
 def _headline(metrics: dict[str, float]) -> str:
     name = judged_by(metrics)
+    if "nll" not in metrics:  # a learner without a classifier
+        return f"{name} {metrics[name]:.4f}"
     return f"{name} {metrics[name]:.1%}, nll {metrics['nll']:.3f}"
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
+from vitrail.config.masked import MaskedConfig
 from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Fit, Interpolation
 from vitrail.config.recipes import LossConfig, SamConfig
@@ -102,7 +103,7 @@ class SupervisedConfig(LossConfig):
     """Supervised learning from labelled pictures."""
 
 
-RecipeConfig = SupervisedConfig | SamConfig | SemanticConfig
+RecipeConfig = SupervisedConfig | SamConfig | SemanticConfig | MaskedConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,15 @@ import numpy as np
 from vitrail.data.arrays import ArraySource, find_cifar, find_idx, read_cifar, read_idx, read_npz
 from vitrail.data.base import Batch, BoxChooser, Picture, Source, Splits, Subset
 from vitrail.data.decode import crop_picture, decode, decode_crop, read_bytes, read_picture
-from vitrail.data.folders import PICTURE_SUFFIXES, FileSource, read_folder, read_manifest, require_known
+from vitrail.data.folders import (
+    PICTURE_SUFFIXES,
+    UNLABELLED,
+    FileSource,
+    read_folder,
+    read_manifest,
+    read_unlabelled,
+    require_known,
+)
 from vitrail.errors import UserError
 
 __all__ = [
@@ -43,7 +52,13 @@ EMBEDDED = "fashion-mnist"
 
 
 def open_data(
-    path: str | Path, *, channels: int = 3, val: str | None = None, val_fraction: float = 0.1, seed: int = 0
+    path: str | Path,
+    *,
+    channels: int = 3,
+    val: str | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    labelled: bool = True,
 ) -> Splits:
     """Return the parts of a data set, always with one for validation.
 
@@ -55,27 +70,40 @@ def open_data(
         val_fraction: Share of the training pictures set aside, class by class, when there is no other validation
             part. A class of two or more pictures has at least one on each side.
         seed: Of that draw. It does not depend on the order in which the file system lists files.
+        labelled: Whether labels matter. If not, all pictures are of one class, `pictures`, and a folder need not have
+            class folders.
 
     Raises:
         UserError: When nothing that can be read is there, it has fewer than two classes, or `val` has other classes.
     """
-    data = read_parts(path, channels)
-    if len(data.train.classes) < 2:
+    data = read_parts(path, channels, labelled=labelled)
+    if labelled and len(data.train.classes) < 2:
         raise UserError(f"{path} has {len(data.train.classes)} class; a classifier needs two.")
     if val is not None:
-        return Splits(train=data.train, val=_separate_val(val, data.train, channels), test=data.test)
+        return Splits(train=data.train, val=_separate_val(val, data.train, channels, labelled), test=data.test)
     if data.val is not None:
         return data
     train, val_part = _set_aside(data.train, val_fraction, seed, str(path))
     return Splits(train=train, val=val_part, test=data.test)
 
 
-def read_parts(path: str | Path, channels: int = 3) -> Splits:
+def read_parts(path: str | Path, channels: int = 3, *, labelled: bool = True) -> Splits:
     """Return the parts of a data set as they lie, none set aside. For evaluating and checking; see `open_data`.
 
     Raises:
         UserError: When nothing that can be read is there.
     """
+    data = _read(path, channels, read_folder if labelled else read_unlabelled)
+    if labelled:
+        return data
+    return Splits(
+        train=_without_labels(data.train),
+        val=None if data.val is None else _without_labels(data.val),
+        test=None if data.test is None else _without_labels(data.test),
+    )
+
+
+def _read(path: str | Path, channels: int, read_pictures: Callable[[Path, int], Splits]) -> Splits:
     if channels not in (1, 3):
         raise UserError(f"pictures are read with 1 (grey) or 3 (RGB) channels, not {channels}.")
     if str(path) == EMBEDDED:
@@ -91,7 +119,7 @@ def read_parts(path: str | Path, channels: int = 3) -> Splits:
                 f"{path} holds CIFAR as Python pickles, which are never read because they can run code; "
                 "fetch the binary version."
             )
-        return read_folder(path, channels)
+        return read_pictures(path, channels)
     if not path.exists():
         raise UserError(f"no such data: {path}. Name a folder of pictures, a .csv, an .npz, or {EMBEDDED}.")
     if path.suffix.lower() == ".csv":
@@ -108,9 +136,15 @@ def _with_channels(data: Splits, channels: int) -> Splits:
     return Splits(train=convert(data.train) or data.train, val=convert(data.val), test=convert(data.test))
 
 
-def _separate_val(path: str, train: Source, channels: int) -> Source:
+def _without_labels(source: Source) -> Source:
+    source = copy.copy(source)
+    source.targets, source.classes = np.zeros(len(source), dtype=np.int64), UNLABELLED
+    return source
+
+
+def _separate_val(path: str, train: Source, channels: int, labelled: bool) -> Source:
     """Return the validation part of other data, its labels renumbered to the training part's classes."""
-    data = read_parts(path, channels)
+    data = read_parts(path, channels, labelled=labelled)
     if data.val is None and data.test is not None:
         raise UserError(f"{path} has the parts train and test, but none for validation; name one of its folders.")
     source = copy.copy(data.val or data.train)

@@ -26,6 +26,8 @@ PART_NAMES = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """Name of a folder or of a manifest's `split` cell, in lower case -> part."""
+UNLABELLED = ("pictures",)
+"""The one class of pictures whose labels do not matter."""
 
 PATH_COLUMNS = ("path", "file", "filename", "image")
 LABEL_COLUMNS = ("label", "class")
@@ -119,6 +121,38 @@ def read_folder(root: Path, channels: int = 3) -> Splits:
     return Splits(train=sources["train"], val=sources.get("val"), test=sources.get("test"))
 
 
+def read_unlabelled(root: Path, channels: int = 3) -> Splits:
+    """Return all pictures below `root`, or below `root/PART` where there is a training part, as of one class.
+
+    How they lie in folders does not matter. Parts are named as for `read_folder`.
+
+    Args:
+        root: The folder.
+        channels: 3 for RGB, 1 for grey.
+
+    Raises:
+        UserError: When there are no pictures, or two folders for one part.
+    """
+    folders = _subfolders(root)
+    named = [folder for folder in folders if folder.name.lower() in PART_NAMES]
+    with_training = any(PART_NAMES[folder.name.lower()] == "train" for folder in named)
+    parts = _one_each(root, named) if with_training else {"train": root}
+    if with_training and (others := {folder.name for folder in folders} - {folder.name for folder in named}):
+        log.warning("%s: left out %s, which are not parts of the data.", root, ", ".join(sorted(others)))
+    sources: dict[str, FileSource] = {}
+    for part, folder in parts.items():
+        left_out: Counter[str] = Counter()
+        paths = _find_pictures(folder, set(), left_out)
+        _tell_left_out(folder, left_out)
+        if paths:
+            labels = np.zeros(len(paths), dtype=np.int64)
+            sources[part] = FileSource(paths, labels, UNLABELLED, root=root, channels=channels)
+    if "train" not in sources:
+        suffixes = " ".join(sorted(PICTURE_SUFFIXES))
+        raise UserError(f"no pictures below {parts['train']}; they must have one of the suffixes {suffixes}.")
+    return Splits(train=sources["train"], val=sources.get("val"), test=sources.get("test"))
+
+
 def read_manifest(path: Path, channels: int = 3) -> Splits:
     """Return pictures from a CSV file (UTF-8) with the columns `path`, `label` and, if wanted, `split`.
 
@@ -199,13 +233,20 @@ def _part_folders(root: Path, folders: Sequence[Path]) -> dict[str, Path]:
             f"{root} has {', '.join(folder.name for _, folder in named)}, but no training part with class folders; "
             f"training pictures belong into {root / 'train' / 'CLASS'}."
         )
+    parts = _one_each(root, [folder for _, folder in named])
+    if others:
+        log.warning("%s: left out %s, which are not parts of the data.", root, ", ".join(sorted(others)))
+    return parts
+
+
+def _one_each(root: Path, named: Sequence[Path]) -> dict[str, Path]:
+    """Return the folder of each part."""
     parts: dict[str, Path] = {}
-    for part, folder in named:
+    for folder in named:
+        part = PART_NAMES[folder.name.lower()]
         if part in parts:
             raise UserError(f"{root} has two folders for one part: {parts[part].name} and {folder.name}; remove one.")
         parts[part] = folder
-    if others:
-        log.warning("%s: left out %s, which are not parts of the data.", root, ", ".join(sorted(others)))
     return parts
 
 
@@ -228,9 +269,13 @@ def _find_classes(root: Path, above: set[tuple[int, int]]) -> dict[str, list[Pat
             continue
         # macOS writes accents as characters of their own; without this, one name from two systems is two classes.
         pictures.setdefault(unicodedata.normalize("NFC", entry.name), []).extend(found)
+    _tell_left_out(root, left_out)
+    return pictures
+
+
+def _tell_left_out(root: Path, left_out: Counter[str]) -> None:
     if left_out:
         log.warning("%s: left out %s.", root, ", ".join(f"{n:,} x {what}" for what, n in left_out.most_common()))
-    return pictures
 
 
 def _find_pictures(root: Path, seen: set[tuple[int, int]], left_out: Counter[str]) -> list[Path]:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from vitrail.config.efficientnet import EFFICIENTNETS
+from vitrail.config.masked import MaskedConfig
 from vitrail.config.run import AugmentConfig, InputConfig, LoopConfig, OptimConfig, RunConfig, SupervisedConfig
 from vitrail.config.vit import ViTConfig
 from vitrail.presets.base import Preset
@@ -96,4 +97,16 @@ FINETUNE = Preset(
     ),
 )
 
-STARTERS = {"demo": DEMO, "cifar100-vit": CIFAR100, "photos": PHOTOS, "finetune": FINETUNE}
+MASKED = Preset(
+    purpose="pre-train a small ViT on a folder of photos without labels, by filling in hidden patches (MAE)",
+    config=RunConfig(
+        model=replace(PHOTOS.config.model, drop_path=0.0),
+        # He et al., 2021, arXiv 2111.06377, table 8, but for the decoder, which is as small as the model.
+        augment=AugmentConfig(crop="resized", crop_area=(0.2, 1.0)),
+        recipe=MaskedConfig(decoder_width=128, decoder_depth=2, decoder_heads=4),
+        optim=OptimConfig(lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.95), warmup_steps=200),
+        loop=LoopConfig(batch_size=64, epochs=100.0),
+    ),
+)
+
+STARTERS = {"demo": DEMO, "cifar100-vit": CIFAR100, "photos": PHOTOS, "finetune": FINETUNE, "masked": MASKED}

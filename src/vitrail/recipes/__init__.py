@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitrail.config.masked import MaskedConfig
 from vitrail.config.recipes import SamConfig
 from vitrail.config.run import RunConfig, SupervisedConfig
 from vitrail.config.semantic import SemanticConfig
@@ -12,6 +13,7 @@ from vitrail.data.augment import Augment
 from vitrail.models.base import ImageModel
 from vitrail.parallel import Precision
 from vitrail.recipes.base import Learner
+from vitrail.recipes.masked import MaskedLearner
 from vitrail.recipes.sam import SamLearner
 from vitrail.recipes.semantic import SemanticLearner
 from vitrail.recipes.supervised import SupervisedLearner
@@ -51,3 +53,6 @@ def build_learner(
             return SamLearner(model, config.recipe, config.optim, **parts)
         case SemanticConfig():
             return SemanticLearner(model, config.recipe, config.optim, **parts, teacher=teacher)
+        case MaskedConfig():
+            del parts["class_counts"]
+            return MaskedLearner(model, config.recipe, config.optim, **parts)

@@ -4,7 +4,7 @@ The page has no script and loads nothing; its content security policy says so. E
 (classes, files, settings) is escaped, by the template engine in the page and by the XML writer in the charts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +18,12 @@ from vitrail.data.base import Source
 from vitrail.metrics import Evaluation
 from vitrail.models import ImageModel
 from vitrail.report.attention import attention_section
+from vitrail.report.pretraining import (
+    RestoredPicture,
+    pretraining_data_section,
+    pretraining_summary,
+    restored_section,
+)
 from vitrail.report.sections import (
     answers_section,
     calibration_section,
@@ -76,6 +82,7 @@ def write_report(
         "summary": summary(evaluation, metrics, model, run.seconds if run else None),
         "comparison": comparison_section(metrics, len(evaluation), baseline) if baseline else None,
         "curves": curves_section(run.config, run.metrics) if run else None,
+        "restored": None,
         "confusion": confusion_section(evaluation),
         "classes": classes_section(evaluation),
         "calibration": calibration_section(evaluation, metrics),
@@ -85,9 +92,45 @@ def write_report(
         "configuration": configuration_section(run.config, model.config) if run else None,
         "environment": dict(run.environment) if run else None,
     }
+    _write_page(Path(path), title, sections)
+
+
+def write_pretraining_report(
+    path: str | Path,
+    *,
+    title: str,
+    metrics: Mapping[str, float],
+    model: ImageModel,
+    run: RunRecord,
+    restored: Sequence[RestoredPicture],
+) -> None:
+    """Write one self-contained HTML page about a model that was pre-trained without labels, and has no classifier.
+
+    Args:
+        path: The file to write; a file that is there is replaced in one step.
+        title: Heading of the page.
+        metrics: Of the best validation: `masked_loss`.
+        model: The model.
+        run: How it was trained.
+        restored: Pictures that it filled in.
+    """
+    absent = dict.fromkeys(("comparison", "confusion", "classes", "calibration", "attention"))
+    sections = {
+        "summary": pretraining_summary(metrics, model, run.data, run.seconds),
+        "curves": curves_section(run.config, run.metrics),
+        "restored": restored_section(restored, run.config.recipe),
+        "answers": {"wrong": [], "right": []},
+        "data": pretraining_data_section(run.data),
+        "configuration": configuration_section(run.config, model.config),
+        "environment": dict(run.environment),
+    }
+    _write_page(Path(path), title, absent | sections)
+
+
+def _write_page(path: Path, title: str, sections: Mapping[str, object]) -> None:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("vitrail.report") / "page.html.jinja").read_text(encoding="utf-8"))
     style = (files("vitrail.report") / "style.css").read_text(encoding="utf-8")
     page = template.render(title=title, style=style, **sections)
     # A file name that is not valid UTF-8 carries half characters, which no file can hold.
-    write_file(Path(path), page.encode("utf-8", errors="replace"))
+    write_file(path, page.encode("utf-8", errors="replace"))

@@ -55,9 +55,7 @@ def _overlay(answer: Answer, source: Source, model: ViT) -> dict[str, Any]:
 def _mean_distance(sample: list[Answer], source: Source, model: ViT) -> Float[Tensor, "layers heads"]:
     """One picture at a time: the attention of a large model to several may not fit into memory."""
     patch, grid = model.config.cell, model.config.grid_at(model.preprocessing.image_size)
-    distances = [
-        attention_distance(model.attention(_input(answer, source, model)), grid, patch) for answer in sample
-    ]
+    distances = [attention_distance(model.attention(_input(answer, source, model)), grid, patch) for answer in sample]
     return torch.stack(distances).mean(dim=0).cpu()
 
 

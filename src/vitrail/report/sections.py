@@ -44,7 +44,7 @@ def summary(evaluation: Evaluation, metrics: Mapping[str, float], model: ImageMo
         cards.append(("Calibration error", f"{metrics['ece']:.1%}", detail))
     cards.append(("Pictures", f"{len(evaluation):,}", _broken(evaluation)))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    cards.append(("Parameters", *_short(parameters)))
+    cards.append(("Parameters", *short_number(parameters)))
     if seconds is not None:
         cards.append(("Training time", duration(seconds), ""))
     return {"sentence": sentence, "cards": cards}
@@ -162,14 +162,22 @@ def picture_of(answer: Answer, source: Source, model: ImageModel) -> Picture:
 
 def data_section(evaluation: Evaluation, source: Source, facts: Mapping[str, object]) -> Section:
     """Return what the model was trained and measured on: sizes, hash, balance, broken pictures."""
+    rows = [
+        *data_rows(facts),
+        ("Pictures evaluated here", f"{len(evaluation):,}"),
+        ("Classes", f"{len(evaluation.labels):,}"),
+        ("Hash of the pictures evaluated", source.fingerprint()),
+    ]
+    return {"rows": rows, "broken": evaluation.broken, **_balance(source)}
+
+
+def data_rows(facts: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Return what is known of the training data: the size of its parts, and its hash."""
     parts = [("Training pictures", "train"), ("Validation pictures", "val"), ("Test pictures", "test")]
     rows = [(name, f"{facts[key]:,}") for name, key in parts if facts.get(key)]
-    rows.append(("Pictures evaluated here", f"{len(evaluation):,}"))
-    rows.append(("Classes", f"{len(evaluation.labels):,}"))
     if "fingerprint" in facts:
         rows.append(("Hash of the training data", str(facts["fingerprint"])))
-    rows.append(("Hash of the pictures evaluated", source.fingerprint()))
-    return {"rows": rows, "broken": evaluation.broken, **_balance(source)}
+    return rows
 
 
 def duration(seconds: float) -> str:
@@ -208,7 +216,7 @@ def _share(value: float | None) -> str:
     return "\u2013" if value is None else f"{value:.1%}"
 
 
-def _short(count: int) -> tuple[str, str]:
+def short_number(count: int) -> tuple[str, str]:
     """Return a number and its detail, where the number is too long to read at a glance."""
     for size, unit in ((10**9, "billion"), (10**6, "million")):
         if count >= size:

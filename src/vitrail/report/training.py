@@ -20,7 +20,7 @@ def curves_section(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict
     charts = []
     losses = [
         Series("training", _points((row["step"], row["loss"]) for row in trained)),
-        Series("validation", _points((row["step"], row["val"]["nll"]) for row in validated)),
+        Series("validation", _points((row["step"], _validation_loss(row["val"])) for row in validated)),
     ]
     losses = [series for series in losses if series.points]
     if losses:
@@ -63,6 +63,10 @@ def _points(pairs: Iterable[tuple[int, float | None]]) -> list[tuple[int, float]
     return [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
 
 
+def _validation_loss(metrics: Mapping[str, float]) -> float:
+    return metrics["nll"] if "nll" in metrics else metrics["masked_loss"]  # of a learner without a classifier
+
+
 def _loss_note(config: RunConfig) -> str:
     note = "Lower is better. Validation should fall along with training; when it turns upwards, the model overfits."
     augment, recipe = config.augment, config.recipe
@@ -71,7 +75,7 @@ def _loss_note(config: RunConfig) -> str:
         for name, on in (
             ("augmentation", augment.crop != "none" or augment.policy != "none"),
             ("mixed pictures", augment.mixup or augment.cutmix),
-            ("label smoothing", recipe.label_smoothing),
+            ("label smoothing", getattr(recipe, "label_smoothing", 0.0)),
         )
         if on
     ]

@@ -13,9 +13,10 @@ from torch import Tensor
 from vitrail.checkpoints import save_model
 from vitrail.config.codec import to_json
 from vitrail.config.run import RunConfig
+from vitrail.data.base import Source
 from vitrail.errors import Interrupted, UserError
-from vitrail.evaluation import predict_logits
-from vitrail.metrics import score
+from vitrail.evaluation import ask, predict_logits
+from vitrail.metrics import mean_loss, score
 from vitrail.parallel import any_process, gather_objects, mean_over_processes, rank, world_size
 from vitrail.training.callbacks import Callback
 from vitrail.training.folder import RunFolder
@@ -133,16 +134,9 @@ class Loop:
         if val is None:
             self.evaluated = self.step
             return
+        learner.share_statistics()
         with learner.shipped_weights():
-            metrics = predict_logits(
-                learner.model,
-                val,
-                batch_size=self.parts.stream.part_size,
-                workers=self.config.input.workers,
-                device=self.parts.device,
-                max_broken=self.config.input.max_broken,
-                stop=self._leave_if_asked,
-            ).metrics()
+            metrics = self._measure(val)
             row = {"step": self.step, "val": metrics}
             if self.best is None or score(metrics) > score(self.best["val"]):
                 self.best, self.since_best = row, 0
@@ -153,6 +147,20 @@ class Loop:
         self.evaluated = self.step
         for callback in self.callbacks:
             callback.metrics(row)
+
+    def _measure(self, val: Source) -> dict[str, float]:
+        """Return the metrics of the model's answers, or the mean loss where the learner has no classifier."""
+        learner, config = self.parts.learner, self.config.input
+        options: dict[str, Any] = {
+            "batch_size": self.parts.stream.part_size,
+            "workers": config.workers,
+            "device": self.parts.device,
+            "max_broken": config.max_broken,
+            "stop": self._leave_if_asked,
+        }
+        if learner.judge is None:
+            return predict_logits(learner.model, val, **options).metrics()
+        return mean_loss(ask(learner.model, val, answer=learner.judge, **options).rows)
 
     def save(self) -> None:
         """Write a checkpoint.
@@ -193,6 +201,7 @@ class Loop:
 
     def finish(self) -> None:
         """Write the model folder `last`, and `best` where there was nothing to validate on."""
+        self.parts.learner.share_statistics()
         with self.parts.learner.shipped_weights():
             metrics = self.best["val"] if self.best and self.best["step"] == self.step else {}
             self._save_model("last", metrics)

@@ -10,6 +10,7 @@ import torch
 
 from vitrail.checkpoints import adapt, load_model
 from vitrail.checkpoints.adapt import with_overrides
+from vitrail.config.masked import MaskedConfig
 from vitrail.config.preprocessing import Preprocessing
 from vitrail.config.run import RunConfig
 from vitrail.data import open_data
@@ -56,6 +57,7 @@ def open_run_data(config: RunConfig) -> Splits:
         val=config.input.val,
         val_fraction=config.input.val_fraction,
         seed=config.seed,
+        labelled=not isinstance(config.recipe, MaskedConfig),
     )
 
 
