@@ -18,7 +18,7 @@ import pytest
 import torch
 from hub_stand_in import Files, Hub
 
-from vitrail.checkpoints import hub, save_model
+from vitrail.checkpoints import convert, hub, save_model
 from vitrail.checkpoints.foreign import to_arrays
 from vitrail.checkpoints.hub import fetch_model_files, load_from_hub
 from vitrail.checkpoints.tensors import write_tensors
@@ -128,6 +128,16 @@ def test_a_model_of_transformers_comes_with_all_that_its_files_tell(server: Hub,
     (line,) = [record.getMessage() for record in caplog.records if record.name == "vitrail"]
     assert commit in line
     assert hashlib.sha256(files["model.safetensors"]).hexdigest() in line
+
+
+def test_what_is_converted_from_the_hub_remembers_commit_and_hash(server: Hub, tmp_path: Path) -> None:
+    files = of_transformers(random_model(), tmp_path)
+    commit = server.push("owner/ants", files)
+    facts = convert("hf:owner/ants", tmp_path / "model")
+    recipe = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))["recipe"]
+    digest = hashlib.sha256(files["model.safetensors"]).hexdigest()
+    assert recipe["converted"] == {"source": "hf:owner/ants", "commit": commit, "sha256": digest}
+    assert facts["sha256"] == digest
 
 
 def test_a_model_of_timm_comes_with_all_that_its_files_tell(server: Hub, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from vitrail.checkpoints.foreign import (
     untold,
     write_arrays,
 )
-from vitrail.checkpoints.hub import is_hub_source, load_from_hub
+from vitrail.checkpoints.hub import fetch_model_files, is_hub_source, load_from_hub
 from vitrail.checkpoints.packages import PACKAGES, load_packaged
 from vitrail.checkpoints.storage import standing
 from vitrail.config.model import ALIASES, model_config
@@ -112,7 +112,7 @@ def convert(
         **overrides: As in `load_model`.
 
     Returns:
-        What was made of what, with the SHA-256 of a source that is one file.
+        What was made of what, with the SHA-256 of a source that is a file, or comes from the hub.
 
     Raises:
         UserError: When the source cannot be read, or the destination not written.
@@ -123,7 +123,10 @@ def convert(
         require_written(dest)
     model = load_model(source, allow_pickle=allow_pickle, offline=offline, **overrides)
     facts: dict[str, Any] = {"source": str(source)}
-    if Path(source).is_file():
+    if is_hub_source(source):  # it is in the cache by now
+        files = fetch_model_files(str(source), offline=True, allow_pickle=allow_pickle)
+        facts |= {"commit": files.commit, "sha256": ", ".join(files.sha256.values())}
+    elif Path(source).is_file():
         with open(source, "rb") as file:
             facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     if to_file:

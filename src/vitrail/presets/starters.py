@@ -95,7 +95,7 @@ FINETUNE = Preset(
         optim=OptimConfig(lr=1e-3, weight_decay=0.05, layer_decay=0.9, warmup_steps=50, ema=0.99),
         loop=LoopConfig(batch_size=32, epochs=4.0),
     ),
-    measured="Measured: 90.86 % of the test pictures right on 3,068 clothing photos of 10 classes (one seed).",
+    measured="Measured: 90.86 % of the test pictures right on 3,068 clothing photos of 10 classes (one seed), 365 s.",
 )
 
 MASKED = Preset(
