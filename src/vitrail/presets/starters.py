@@ -9,6 +9,7 @@ from vitrail.config.vit import ViTConfig
 from vitrail.presets.base import Preset
 
 DEMO = Preset(
+    group="start",
     purpose="a small ViT on the embedded Fashion-MNIST subset, in about two minutes on two CPU cores",
     config=RunConfig(
         data="fashion-mnist",
@@ -35,6 +36,7 @@ DEMO = Preset(
 )
 
 CIFAR100 = Preset(
+    group="scratch",
     purpose="a plain ViT on full CIFAR-100 (--data: the official binary folder), in ten minutes on two CPU cores",
     config=RunConfig(
         model=ViTConfig(
@@ -63,6 +65,7 @@ CIFAR100 = Preset(
 )
 
 PHOTOS = Preset(
+    group="start",
     purpose="a small ViT from scratch on a folder of one's own photos, when no pretrained weights are at hand",
     config=RunConfig(
         model=ViTConfig(
@@ -83,6 +86,7 @@ PHOTOS = Preset(
 )
 
 FINETUNE = Preset(
+    group="start",
     purpose="fine-tune EfficientNet-Lite0, or other pretrained weights (--init), on a folder of one's own photos",
     needs_init=True,
     config=RunConfig(
@@ -99,6 +103,7 @@ FINETUNE = Preset(
 )
 
 MASKED = Preset(
+    group="pre-train",
     purpose="pre-train a small ViT on a folder of photos without labels, by filling in hidden patches (MAE)",
     config=RunConfig(
         model=replace(PHOTOS.config.model, drop_path=0.0),
