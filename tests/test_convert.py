@@ -11,7 +11,15 @@ import torch
 from families import TINY
 
 from vitrail.checkpoints import CONVENTIONS, convert, export_names, load_model, save_model
-from vitrail.checkpoints.foreign import TABLES, WRITTEN, read_arrays, table_of, to_arrays, write_arrays
+from vitrail.checkpoints.foreign import (
+    TABLES,
+    WRITTEN,
+    read_arrays,
+    table_of,
+    tables_of,
+    to_arrays,
+    write_arrays,
+)
 from vitrail.cli import main
 from vitrail.config.coatnet import CoAtNetConfig
 from vitrail.config.model import ModelConfig
@@ -21,8 +29,8 @@ from vitrail.models import ImageModel, build
 PAIRS = [
     (family, table.name)
     for family, config in TINY.items()
-    for table in TABLES
-    if table.family is type(config) and (family, table.name) not in (("hybrid", "big-vision"), ("hybrid", "hf"))
+    for table in tables_of(config)
+    if (family, table.name) not in (("hybrid", "big-vision"), ("hybrid", "hf"))
 ]
 
 

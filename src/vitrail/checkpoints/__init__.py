@@ -24,6 +24,7 @@ from vitrail.checkpoints.storage import standing
 from vitrail.config.model import ALIASES, model_config
 from vitrail.errors import UserError
 from vitrail.models import ImageModel
+from vitrail.weights import weights_at_hand
 
 __all__ = ["CONVENTIONS", "adapt", "convert", "export_names", "load_folder", "load_model", "save_model"]
 
@@ -37,8 +38,9 @@ def load_model(
 
     Args:
         source: A model folder; a weight file of `CONVENTIONS` (`.npz`, `.safetensors`, a PyTorch file, the `.index`
-            of a V-MoE checkpoint); the name of a model whose weights a package brought ("efficientnet-lite0"); or,
-            downloaded once, `hf:OWNER/NAME[@REVISION]` and `timm:NAME[@REVISION]` of the Hugging Face hub.
+            of a V-MoE checkpoint); the name of a model whose weights came with Vitrail ("vitrail-mini") or with a
+            package ("efficientnet-lite0"); or, downloaded once, `hf:OWNER/NAME[@REVISION]` and
+            `timm:NAME[@REVISION]` of the Hugging Face hub.
         allow_pickle: Whether a PyTorch file may be read; nothing in it is executed.
         offline: Take `hf:` and `timm:` models from the cache alone.
         **overrides: What the file cannot tell, or is to be another way. `image_size=`, with
@@ -61,6 +63,8 @@ def load_model(
         return with_overrides(
             from_arrays(read_arrays(path, allow_pickle=allow_pickle), overrides, str(path)), overrides
         )
+    if folder := weights_at_hand().get(str(source)):
+        return load_folder(folder, **overrides)
     name = ALIASES.get(str(source), str(source))
     if name in PACKAGES:
         return with_overrides(load_packaged(name), overrides)
@@ -139,7 +143,8 @@ def convert(
 
 def _why_not(source: str) -> str:
     known = (
-        f"vitrail loads model folders, weight files ({', '.join(SUFFIXES)}), the models {', '.join(PACKAGES)}, "
+        f"vitrail loads model folders, weight files ({', '.join(SUFFIXES)}), the models "
+        f"{', '.join([*weights_at_hand(), *PACKAGES])}, "
         "and hf:OWNER/NAME or timm:NAME from the hub"
     )
     try:

@@ -29,7 +29,7 @@ def model_card(
         f"A {type(model).__name__} with {parameters:,} parameters and {config.num_classes:,} classes ({answer}).\n"
         f"It sees pictures at {height} x {width} pixels with {view.channels} channels (`{view.fit}`, "
         f"{view.interpolation}); `config.json` says exactly how they are prepared.",
-        "## Use\n```python\nimport vitrail\n"
+        "## Use\n```python\nimport vitrail\n\n"
         'print(vitrail.predict(vitrail.load_model("PATH/OF/THIS/FOLDER"), ["picture.jpg"]))\n```',
     ]
     if metrics:

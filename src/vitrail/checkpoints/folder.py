@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vitrail import __version__
 from vitrail.checkpoints.adapt import check_overrides, with_overrides
@@ -34,6 +36,7 @@ def save_model(
     metrics: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    half: bool = False,
 ) -> None:
     """Write a model folder, complete or not at all.
 
@@ -43,9 +46,11 @@ def save_model(
         metrics: What was measured, by name; numbers, or objects of numbers.
         recipe: The settings that made the weights.
         data: What they were made from.
+        half: Round the weights to 16 bits: half as large a file, which loads into 32 bits again.
 
     Raises:
-        UserError: When the labels do not fit the head, the disk is full, or the place holds something else.
+        UserError: When the labels do not fit the head, 16 bits cannot hold a weight, the disk is full, or the place
+            holds something else.
     """
     if model.labels and len(model.labels) != model.config.num_classes:
         raise UserError(
@@ -66,7 +71,7 @@ def save_model(
     }
     config = (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     card = model_card(model, metrics=metrics, recipe=recipe, data=data).encode()
-    state = model.state_dict()
+    state = _halved(model.state_dict()) if half else model.state_dict()
 
     def write(place: Path) -> None:
         write_tensors(place / WEIGHTS, state)
@@ -137,6 +142,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     if (classes := len(document["labels"])) not in (0, document["model"].get("num_classes", classes)):
         raise UserError(f"{path} has {classes} labels for {document['model']['num_classes']} classes; mend its labels.")
     return document
+
+
+def _halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with numbers of 32 bits rounded to 16."""
+    halved = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in state.items()}
+    for name, tensor in halved.items():
+        if bool(state[name].isfinite().all()) and not bool(tensor.isfinite().all()):
+            raise UserError(f"{name} holds numbers beyond 65,504, which 16 bits cannot hold; store it in 32.")
+    return halved
 
 
 def _plain(value: Any) -> Any:

@@ -21,6 +21,8 @@ from vitrail.checkpoints.tensors import dump_tensors, read_tensors
 from vitrail.checkpoints.timm_vit import TIMM_VIT
 from vitrail.checkpoints.vit_names import BIG_VISION, VIT, VIT_PUBLISHED
 from vitrail.checkpoints.vmoe_names import VMOE
+from vitrail.config.model import ModelConfig
+from vitrail.config.vit import ConvStem, ViTConfig
 from vitrail.errors import UserError
 from vitrail.models import ImageModel
 from vitrail.npz import read_npz
@@ -116,6 +118,13 @@ def from_arrays(arrays: Arrays, overrides: Mapping[str, Any], source: str) -> Im
     return model
 
 
+def tables_of(config: ModelConfig) -> list[NameTable]:
+    """Return the conventions that models of a family go by; none for a member that Vitrail alone has."""
+    if isinstance(config, ViTConfig) and (isinstance(config.stem, ConvStem) or config.pool == "gap+max"):
+        return []
+    return [table for table in TABLES if table.family is type(config)]
+
+
 def names_for(model: ImageModel) -> str:
     """Return the convention whose files leave the least to be said about a model of this family.
 
@@ -124,14 +133,13 @@ def names_for(model: ImageModel) -> str:
     """
     reasons: list[UserError] = []
     untold_by: dict[str, int] = {}
-    for table in TABLES:
-        if table.family is type(model.config):
-            try:
-                untold_by[table.name] = len(untold(model, table.from_ours(model)))
-            except UserError as reason:
-                reasons.append(reason)
+    for table in tables_of(model.config):
+        try:
+            untold_by[table.name] = len(untold(model, table.from_ours(model)))
+        except UserError as reason:
+            reasons.append(reason)
     if not untold_by:
-        raise reasons[0]
+        raise reasons[0] if reasons else _without_names(model)
     return min(untold_by, key=lambda name: untold_by[name])
 
 
@@ -151,10 +159,12 @@ def to_arrays(model: ImageModel, names: str) -> dict[str, np.ndarray]:
     """
     if names not in CONVENTIONS:
         raise UserError(f"there are no names {names!r}; choose one of {', '.join(CONVENTIONS)}.")
-    fitting = [table for table in TABLES if table.family is type(model.config)]
+    fitting = tables_of(model.config)
     for table in fitting:
         if table.name == names:
             return table.from_ours(model)
+    if not fitting:
+        raise _without_names(model)
     choice = " or ".join(table.name for table in fitting)
     raise UserError(f"the names {names!r} have no place for a {type(model).__name__}; choose {choice}.")
 
@@ -183,6 +193,12 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             replace_file(path, lambda file: torch.save(tensors, file), size=size)
         case _:
             write_partitioned(path, arrays)
+
+
+def _without_names(model: ImageModel) -> UserError:
+    return UserError(
+        f"no convention of names has a place for a {type(model).__name__}; `save_model` keeps it in a folder instead."
+    )
 
 
 def _as_array(tensor: torch.Tensor) -> np.ndarray:

@@ -42,7 +42,7 @@ def stem_rows(stem: ResNetStem) -> list[Row]:
 
 def timm_rows(config: ViTConfig) -> list[Row]:
     """Return the name table of a Vision Transformer."""
-    rows = [] if config.stem is None else stem_rows(config.stem)
+    rows = stem_rows(config.stem) if isinstance(config.stem, ResNetStem) else []
     rows += layer("patch_embed", "patch_embed.proj")
     if config.pool == "token":
         rows.append(Row("class_token", ("cls_token",)))

@@ -97,7 +97,7 @@ def stem_rows(stem: ResNetStem) -> list[Row]:
 def vit_rows(config: ViTConfig) -> list[Row]:
     """Return the name table of a Vision Transformer, in the one form that all files are brought to."""
     heads = config.heads
-    rows = [] if config.stem is None else stem_rows(config.stem)
+    rows = stem_rows(config.stem) if isinstance(config.stem, ResNetStem) else []
     rows += _layer("patch_embed", "embedding", CONV)
     if config.pool == "token":
         rows.append(Row("class_token", ("cls",)))

@@ -12,13 +12,14 @@ from vitrail.config.cvt import CVTS, CvTConfig
 from vitrail.config.efficientnet import EFFICIENTNETS, EfficientNetConfig
 from vitrail.config.vit import VITS, ViTConfig, vit_of_any_patch
 from vitrail.config.vit_moe import VMOES, ViTMoEConfig
+from vitrail.config.wide_resnet import WIDE_RESNETS, WideResNetConfig
 from vitrail.errors import UserError, did_you_mean
 
-ModelConfig = ViTConfig | ViTMoEConfig | CvTConfig | CoAtNetConfig | EfficientNetConfig
+ModelConfig = ViTConfig | ViTMoEConfig | CvTConfig | CoAtNetConfig | EfficientNetConfig | WideResNetConfig
 """What a model is. Every family has `image_size`, `channels`, `num_classes`, `dropout`, `drop_path`, `head_bias`."""
 FAMILIES: tuple[type[ModelConfig], ...] = get_args(ModelConfig)
 
-MODELS: dict[str, ModelConfig] = {**VITS, **VMOES, **CVTS, **COATNETS, **EFFICIENTNETS}
+MODELS: dict[str, ModelConfig] = {**VITS, **VMOES, **CVTS, **COATNETS, **EFFICIENTNETS, **WIDE_RESNETS}
 """Every published size under its name."""
 
 # Names of the leaderboards and papers; letter case matters: g/14 is not G/14.

@@ -7,7 +7,7 @@ from typing import Literal
 from vitrail.config.checks import require_least, require_rate, require_size
 from vitrail.errors import UserError
 
-Pool = Literal["token", "gap", "map"]
+Pool = Literal["token", "gap", "gap+max", "map"]
 Positions = Literal["learned", "learned-patches", "sincos"]
 Gelu = Literal["tanh", "erf", "quick"]
 
@@ -36,11 +36,49 @@ class ResNetStem:
         """Pixels from one feature to the next."""
         return 4 * 2 ** max(len(self.blocks) - 1, 0)
 
+    def features(self, side: int) -> int:
+        """Return how many features stand along a picture's side: rounded up, as the convolutions pad."""
+        return -(-side // self.stride)
 
-def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int], stem: ResNetStem | None) -> tuple[int, int]:
-    """Return rows and columns of patches. A stem rounds the picture's sides up, patches round its features' down."""
-    stride = 1 if stem is None else stem.stride
-    rows, columns = (-(-side // stride) // patch for side, patch in zip(image_size, patch_size, strict=True))
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvStem:
+    """Convolutions whose features are a small hybrid's patches (`layers/conv_stem.py`)."""
+
+    filters: int = 24
+    """Filters that whiten the picture's 2 x 2 pixels, calculated and not learned: two for each of 3 x 2 x 2 values."""
+    widths: tuple[int, ...] = (96, 128)
+    """Channels of the stages; each has half the rows and columns of the one before."""
+
+    def __post_init__(self) -> None:
+        require_least(self, filters=2, widths=1)
+        if self.filters % 2 or not self.widths:
+            raise UserError("a convolutional stem has an even number of filters and at least one stage.")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the features."""
+        return self.widths[-1]
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one feature to the next."""
+        return 2 ** len(self.widths)
+
+    def features(self, side: int) -> int:
+        """Return how many features stand along a picture's side: rounded down, after the 2 x 2 filters took a pixel."""
+        return (side - 1) // self.stride
+
+
+Stem = ResNetStem | ConvStem
+
+
+def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int], stem: Stem | None) -> tuple[int, int]:
+    """Return rows and columns of patches: cut from the picture's pixels, or from a stem's features, rounded down."""
+    rows, columns = (
+        (side if stem is None else stem.features(side)) // patch
+        for side, patch in zip(image_size, patch_size, strict=True)
+    )
     return rows, columns
 
 
@@ -52,8 +90,8 @@ class ViTConfig:
     """Height and width in pixels that the position table is made for; any other size still works."""
     patch_size: tuple[int, int] = (16, 16)
     """Height and width of a patch: in pixels, or in features of the stem."""
-    stem: ResNetStem | None = None
-    """ResNet that reads the picture first, of hybrids; None cuts patches from the picture itself."""
+    stem: Stem | None = None
+    """Convolutions that read the picture first, of hybrids; None cuts patches from the picture itself."""
     channels: int = 3
     """Channels of a picture: 3 for RGB, 1 for grey."""
     num_classes: int = 1000
@@ -67,7 +105,7 @@ class ViTConfig:
     heads: int = 12
     """Attention heads."""
     pool: Pool = "token"
-    """How tokens become one vector: class token, mean of the patches, or attention pooling (MAP)."""
+    """How tokens become one vector: class token, mean of patches, mean beside maximum, or attention pooling (MAP)."""
     positions: Positions = "learned"
     """Learned table with a row for the class token, learned table of patches only, or fixed 2-D sin-cos."""
     pre_logits: int = 0
@@ -103,6 +141,11 @@ class ViTConfig:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches at `image_size`."""
         return self.grid_at(self.image_size)
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the vector that tokens become."""
+        return 2 * self.width if self.pool == "gap+max" else self.width
 
     @property
     def cell(self) -> tuple[int, int]:

@@ -8,14 +8,16 @@ from vitrail.config.efficientnet import EfficientNetConfig
 from vitrail.config.model import ModelConfig, model_config
 from vitrail.config.vit import ViTConfig
 from vitrail.config.vit_moe import ViTMoEConfig
+from vitrail.config.wide_resnet import WideResNetConfig
 from vitrail.models.base import ImageModel
 from vitrail.models.coatnet import CoAtNet
 from vitrail.models.cvt import CvT
 from vitrail.models.efficientnet import EfficientNet
 from vitrail.models.vit import ViT
 from vitrail.models.vit_moe import ViTMoE
+from vitrail.models.wide_resnet import WideResNet
 
-__all__ = ["CoAtNet", "CvT", "EfficientNet", "ImageModel", "ViT", "ViTMoE", "build", "create_model"]
+__all__ = ["CoAtNet", "CvT", "EfficientNet", "ImageModel", "ViT", "ViTMoE", "WideResNet", "build", "create_model"]
 
 
 def build(config: ModelConfig) -> ImageModel:
@@ -31,6 +33,8 @@ def build(config: ModelConfig) -> ImageModel:
             model = CoAtNet(config)
         case EfficientNetConfig():
             model = EfficientNet(config)
+        case WideResNetConfig():
+            model = WideResNet(config)
     if next(model.parameters()).device != torch.device("meta"):
         model.init_weights()
     return model

@@ -1,7 +1,7 @@
 """What every model of the zoo offers, whatever its family."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Generic, NamedTuple
 
@@ -79,6 +79,13 @@ class ImageModel(nn.Module, ABC, Generic[Config]):
     @abstractmethod
     def init_weights(self) -> None:
         """Fill every parameter and buffer as the paper does. Needed after construction on the meta device."""
+
+    def fit_input(self, pictures: Callable[[], Float[Tensor, "b c h w"]]) -> None:
+        """Set what is calculated from training pictures, not learned, before the first update; most models hold none.
+
+        Args:
+            pictures: Gives some hundred of them, as evaluation sees them, when called.
+        """
 
     def attention(self, images: Float[Tensor, "b c h w"]) -> Iterator[Float[Tensor, "b heads q k"]]:
         """Yield the attention probabilities of one block after the other, input to output; rows are queries.

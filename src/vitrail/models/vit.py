@@ -1,11 +1,11 @@
 """Vision Transformer: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, arXiv 2010.11929).
 
 The figure of the paper, read from bottom to top, is `ViT.tokens`: patches, class token, positions, L blocks, norm.
-A hybrid takes its patches from the features of a ResNet (section 3.1): `stem`.
+A hybrid takes its patches from the features of a ResNet (section 3.1), or of a few convolutions: `stem`.
 `pool` and `positions` cover big_vision's variants, among them ViT-G/14 (arXiv 2106.04560) with attention pooling.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from vitrail.config.vit import ViTConfig
+from vitrail.config.vit import ConvStem, ResNetStem, ViTConfig
 from vitrail.layers.attention import Attention, AttentionPool
+from vitrail.layers.conv_stem import ConvStem as ConvolutionalStem
 from vitrail.layers.embedding import PositionResize, resize_positions, sincos_positions
 from vitrail.layers.feedforward import FeedForward
 from vitrail.layers.initial import lecun_normal
@@ -67,9 +68,7 @@ class ViT(ImageModel[Config]):
         width, rows = config.width, config.grid[0] * config.grid[1]
         self.stem, entering = None, config.channels
         if config.stem is not None:
-            self.input_kernel, self.input_kernel_sums = "stem.conv.weight", False
-            self.stem = ResNet(config.channels, config.stem.width, config.stem.blocks)
-            entering = config.stem.channels
+            self.stem, entering = self._read_by(config.stem), config.stem.channels
         self.patch_embed = nn.Conv2d(entering, width, config.patch_size, stride=config.patch_size)
         self.class_token = nn.Parameter(torch.empty(1, 1, width)) if config.pool == "token" else None
         if config.positions == "sincos":
@@ -85,8 +84,18 @@ class ViT(ImageModel[Config]):
             self.attention_pool = AttentionPool(
                 width, config.heads, config.mlp_dim, gelu=config.gelu, eps=config.norm_eps
             )
-        self.pre_logits = nn.Linear(width, config.pre_logits) if config.pre_logits else None
-        self.head = nn.Linear(config.pre_logits or width, config.num_classes) if config.num_classes else None
+        pooled = config.pooled_width
+        self.pre_logits = nn.Linear(pooled, config.pre_logits) if config.pre_logits else None
+        self.head = nn.Linear(config.pre_logits or pooled, config.num_classes) if config.num_classes else None
+
+    def _read_by(self, stem: ResNetStem | ConvStem) -> ResNet | ConvolutionalStem:
+        """Return the network that reads the picture, and note where its first kernel is."""
+        channels = self.config.channels
+        if isinstance(stem, ConvStem):
+            self.input_kernel = "stem.whitening"
+            return ConvolutionalStem(channels, stem.filters, stem.widths)
+        self.input_kernel, self.input_kernel_sums = "stem.conv.weight", False
+        return ResNet(channels, stem.width, stem.blocks)
 
     def make_block(self, number: int, drop_path: float) -> Block:
         """Return a fresh block of the encoder, told its number and its rate of stochastic depth."""
@@ -101,6 +110,8 @@ class ViT(ImageModel[Config]):
             pooled = self.attention_pool(tokens)
         else:
             pooled = tokens[:, 0] if self.class_token is not None else tokens.mean(dim=1)
+            if self.config.pool == "gap+max":
+                pooled = torch.cat([pooled, tokens.amax(dim=1)], dim=1)
         return pooled if self.pre_logits is None else torch.tanh(self.pre_logits(pooled))
 
     def tokens(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
@@ -142,6 +153,10 @@ class ViT(ImageModel[Config]):
 
     def _resized(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         return resize_positions(table, self.config.grid, grid, self.position_resize)
+
+    def fit_input(self, pictures: Callable[[], Float[Tensor, "b c h w"]]) -> None:
+        if isinstance(self.stem, ConvolutionalStem):
+            self.stem.whiten(pictures())
 
     def blocks(self) -> list[Block]:
         return cast(list[Block], list(self.encoder))
