@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .PHONY: demo test test-all peers lint docs campaign clean
 
-demo: .venv/.installed  ## train a small ViT on embedded pictures and write demo/report.html
+demo: .venv/.installed  ## fine-tune a small ViT on embedded photos and write demo/report.html
 	$(BIN)/vitrail demo
 
 test: .venv/.dev  ## what a contributor runs, under ten minutes

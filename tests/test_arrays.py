@@ -11,7 +11,7 @@ from PIL import Image
 from small_data import idx, manifest, put, write_cifar, write_idx
 
 from vitrail.data import ArraySource, open_data
-from vitrail.data.arrays import read_cifar, read_idx, read_npz
+from vitrail.data.arrays import read_cifar, read_idx, read_npz, read_sheets
 from vitrail.errors import UserError
 
 
@@ -119,6 +119,32 @@ def test_a_packed_idx_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     cut(tmp_path / "train-images-idx3-ubyte.gz", 200)
     with pytest.raises(UserError, match=r"train-images-idx3-ubyte.gz is damaged or cannot be read"):
         read_idx(tmp_path)
+
+
+def test_a_tile_of_a_sheet_is_the_picture_that_was_put_there(tmp_path: Path) -> None:
+    levels = np.arange(2 * 3, dtype=np.uint8).reshape(2, 3) * 40
+    Image.fromarray(np.repeat(np.repeat(levels, 8, axis=0), 8, axis=1)).save(tmp_path / "train.jpg", quality=100)
+    Image.fromarray(np.full((16, 8), 7, np.uint8)).save(tmp_path / "test.jpg", quality=100)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    data = read_sheets(tmp_path)
+    assert data.test is not None
+    assert data.train.targets.tolist() == [0, 0, 0, 1, 1, 1] and data.test.targets.tolist() == [0, 1]
+    for i, level in enumerate(levels.flat):
+        assert np.abs(data.train.load(i).astype(int) - level).max() <= 1
+    assert data.train.name(4) == f"{tmp_path.name}/train#4"
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [((16, 17), "has 17 x 16 pixels: no rows of squares for 2 classes"), ((15, 16), "no rows of squares")],
+)
+def test_sheets_that_are_not_whole_are_refused(tmp_path: Path, size: tuple[int, int], message: str) -> None:
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(UserError, match=r"train\.jpg is damaged: .*install vitrail again"):
+        read_sheets(tmp_path)
+    Image.new("RGB", size[::-1]).save(tmp_path / "train.jpg")
+    with pytest.raises(UserError, match=message):
+        read_sheets(tmp_path)
 
 
 GREY = np.random.default_rng(5).integers(0, 256, (6, 4, 5), dtype=np.uint8)

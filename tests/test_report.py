@@ -26,7 +26,7 @@ from vitrail.errors import BrokenPicture, UserError
 from vitrail.evaluation import predict_logits
 from vitrail.metrics import Evaluation
 from vitrail.models import ImageModel, ViT
-from vitrail.report import RunRecord, charts, figures, write_report
+from vitrail.report import Comparison, RunRecord, charts, figures, write_report
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 VOID = {"meta", "img", "br", "hr", "input", "link"}
@@ -144,10 +144,12 @@ def single(tmp_path: Path) -> Page:
     classes = ("cat", "dog", "owl", "yak", "emu", "fox")
     source = ArraySource(pictures(60), np.arange(60) % 6, classes)
     model = fitted(ViT(vit_config(6)), classes)
-    baseline = {"name": "nearest mean", "top1": 0.5}
+    comparison = Comparison(others=[{"name": "nearest mean", "top1": 0.5}, {"name": "guessing", "top1": 0.1}])
     path = tmp_path / "report.html"
     evaluation = answers(source, 1.0)
-    write_report(path, title="pets", evaluation=evaluation, source=source, model=model, run=record(), baseline=baseline)
+    write_report(
+        path, title="pets", evaluation=evaluation, source=source, model=model, run=record(), comparison=comparison
+    )
     return Page(path)
 
 
@@ -193,7 +195,9 @@ def test_headline_figures_are_those_of_the_evaluation(single: Page) -> None:
         assert f"{metrics[key]:.1%}" in single.text
     assert f"temperature {metrics['temperature']:.2f}" in single.text
     assert "2 min 41 s" in single.text
+    assert "Compared with nearest mean and guessing" in single.text
     assert f"makes {60 - right} mistakes, nearest mean makes 30 " in single.text
+    assert f"makes {60 - right} mistakes, guessing makes 54 " in single.text
     assert "Best: 80.0% after 300 updates." in single.text
     assert "optim.lr" in single.text and "0.004" in single.text
     assert "optim.weight_decay" not in single.text.split("All settings as JSON")[0]
@@ -224,8 +228,8 @@ def test_a_model_that_is_always_right_has_no_mistakes(tmp_path: Path) -> None:
     source = ArraySource(pictures(9), np.arange(9) % 3, ("cat", "dog", "owl"))
     model = fitted(ViT(vit_config(3)), source.classes)
     path = tmp_path / "report.html"
-    baseline = {"name": "guessing", "top1": 1.0, "macro_f1": 0.5}
-    write_report(path, title="t", evaluation=answers(source, 50.0), source=source, model=model, baseline=baseline)
+    comparison = Comparison(others=[{"name": "guessing", "top1": 1.0, "macro_f1": 0.5}])
+    write_report(path, title="t", evaluation=answers(source, 50.0), source=source, model=model, comparison=comparison)
     page = Page(path)
     assert "mistakes" not in page.values("id")
     assert "Most confident mistakes" not in page.text
@@ -249,7 +253,7 @@ def test_hostile_names_are_shown_and_never_run(tmp_path: Path, multi_label: bool
         source=source,
         model=model,
         run=run,
-        baseline={"name": HOSTILE, "top1": 0.5, "mAP": 0.5},
+        comparison=Comparison(others=[{"name": HOSTILE, "top1": 0.5, "mAP": 0.5}], ours=HOSTILE, lesson=HOSTILE),
     )
     page = Page(path)
     assert_self_contained(page)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from small_data import manifest, put
 
+from vitrail.check import check
 from vitrail.data import FileSource, Source, Splits, Subset, open_data
 from vitrail.data.folders import read_folder, read_manifest
 from vitrail.errors import BrokenPicture, UserError
@@ -240,20 +241,27 @@ def test_a_manifest_in_another_encoding_is_refused(tmp_path: Path) -> None:
         read_manifest(manifest(tmp_path, "path,label", "1.png," + "x" * 200_000))
 
 
-def test_the_embedded_set_is_balanced_fashion_mnist() -> None:
-    data = open_data("fashion-mnist", channels=1)
-    assert data.train.classes[:2] == ("T-shirt/top", "Trouser") and data.train.classes[-1] == "Ankle boot"
+def test_the_embedded_set_is_a_thousand_clothes_of_ten_classes() -> None:
+    data = open_data("clothing")
+    names = "dress hat longsleeve outwear pants shirt shoes shorts skirt t-shirt"
+    assert " ".join(data.train.classes) == names
     assert data.val is not None and data.test is not None
-    for source, each in ((data.train, 900), (data.val, 100), (data.test, 200)):
+    for source, each in ((data.train, 68), (data.val, 8), (data.test, 24)):
         assert source.class_counts().tolist() == [each] * 10
-    assert data.test.load(0).shape == (28, 28, 1)
-    assert np.array_equal(open_data("fashion-mnist").test.load(0), np.repeat(data.test.load(0), 3, axis=2))
+    assert data.test.load(0).shape == (80, 80, 3)
+    assert open_data("clothing", channels=1).test.load(0).shape == (80, 80, 1)
+
+
+def test_no_embedded_picture_is_there_twice() -> None:
+    report = check("clothing")
+    assert not [finding for finding in report.findings if finding.severity != "note"]
+    assert report.median_size == (80, 80)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gone", "no such data: .*gone. Name a folder of pictures, a .csv, an .npz, or fashion-mnist"),
+        ("gone", "no such data: .*gone. Name a folder of pictures, a .csv, an .npz, or clothing"),
         ("data.zip", "neither a folder nor a .csv or .npz file; unpack archives first"),
     ],
 )

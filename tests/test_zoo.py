@@ -8,12 +8,14 @@ import pytest
 from vitrail.config.model import ALIASES, list_models
 from vitrail.errors import UserError
 from vitrail.leaderboard import CHECKS, SYSTEMS, markdown, rows
+from vitrail.presets import PRESETS, preset, preset_name
+from vitrail.presets.describe import model_name
 from vitrail.zoo import ALSO_AT, count, describe
 
 ROOT = Path(__file__).parent.parent
 
 
-SMALL = ["vit-ti16", "vit-r26-s32", "vmoe-s32-last2", "cvt-13", "coatnet-0", "efficientnet-b0"]
+SMALL = ["vit-ti16", "vit-r26-s32", "vmoe-s32-last2", "cvt-13", "coatnet-0", "efficientnet-b0", "wide-resnet-28-2"]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -73,11 +75,19 @@ def test_the_leaderboard_has_its_ten_rows_and_every_system_is_an_alias() -> None
 
 def test_tests_that_the_leaderboard_names_exist() -> None:
     for each in SYSTEMS:
-        assert each.tests.keys() <= CHECKS.keys()
-        for test in (name for names in each.tests.values() for name in names):
+        assert each.verified.keys() == CHECKS.keys()
+        for test in (name for names in each.verified.values() for name in names):
             file, _, function = test.partition("::")
+            function, _, parameter = function.partition("[")
             tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
             assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
+            assert not parameter or parameter.rstrip("]") in PRESETS, test
+
+
+def test_the_recipe_of_every_system_is_a_preset_of_its_model() -> None:
+    for row in rows():
+        assert model_name(preset(row["system"]).config.model) == row["model"], row["system"]
+        assert row["preset"] == preset_name(row["system"])
 
 
 def test_the_page_of_the_leaderboard_is_up_to_date() -> None:
@@ -95,6 +105,7 @@ def test_the_page_of_the_leaderboard_is_up_to_date() -> None:
         ("coatnet-7", "arXiv 2106.04803"),
         ("efficientnet-l2", "arXiv 1905.11946"),
         ("efficientnet-lite0", "tensorflow/tpu"),
+        ("wide-resnet-28-10", "arXiv 1605.07146"),
     ],
 )
 def test_a_size_names_its_paper(name: str, paper: str) -> None:

@@ -19,7 +19,7 @@ from vitrail.evaluation import predict_logits
 from vitrail.metrics import Evaluation, score
 from vitrail.parallel import pick_device, rank
 from vitrail.recipes.masked import MaskedLearner
-from vitrail.report import RestoredPicture, RunRecord, write_pretraining_report, write_report
+from vitrail.report import Comparison, RestoredPicture, RunRecord, write_pretraining_report, write_report
 from vitrail.training import Callback, RunResult, run_training
 from vitrail.training.folder import RunFolder
 from vitrail.training.setup import Parts, assemble, open_run_data
@@ -51,14 +51,14 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunResult:
 
 
 def report_run(
-    path: str | Path, *, data: Splits | None = None, baseline: dict[str, Any] | None = None
+    path: str | Path, *, data: Splits | None = None, comparison: Comparison | None = None
 ) -> tuple[str, Evaluation]:
     """Evaluate a run's best model on its test part (validation where there is none) and write the report.
 
     Args:
         path: The run folder.
         data: The run's data, where it is open already.
-        baseline: A simpler method's result to show beside it: its `name` and metrics.
+        comparison: What other methods reached on the same pictures, to show beside it.
 
     Returns:
         The name of the part and the evaluation.
@@ -80,7 +80,7 @@ def report_run(
         "split": split,
         "metrics": evaluation.metrics(),
         "per_class": evaluation.per_class(),
-        "baseline": baseline,
+        "others": [dict(other) for other in comparison.others] if comparison else [],
     }
     write_file(folder.path / "evaluation.json", (json.dumps(result, indent=1) + "\n").encode())
     write_report(
@@ -90,7 +90,7 @@ def report_run(
         source=source,
         model=model,
         run=_record(folder, document, config),
-        baseline=baseline,
+        comparison=comparison,
     )
     return split, evaluation
 
@@ -112,7 +112,7 @@ def report_pretraining(path: str | Path) -> None:
     parts.learner.load_state_dict(found[0]["learner"])
     run = _record(folder, document, config)
     best = max((row["val"] for row in run.metrics if "val" in row), key=score)
-    result = {"split": "val", "metrics": best, "per_class": [], "baseline": None}
+    result = {"split": "val", "metrics": best, "per_class": [], "others": []}
     write_file(folder.path / "evaluation.json", (json.dumps(result, indent=1) + "\n").encode())
     write_pretraining_report(
         folder.path / "report.html",

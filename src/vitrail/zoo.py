@@ -16,6 +16,8 @@ from vitrail.config.efficientnet import EfficientNetConfig
 from vitrail.config.model import ALIASES, ModelConfig, list_models, model_config
 from vitrail.config.vit import ViTConfig
 from vitrail.config.vit_moe import ViTMoEConfig
+from vitrail.config.wide_resnet import WideResNetConfig
+from vitrail.weights import config_at_hand, weights_at_hand
 
 # Resolutions beyond the one a size is built for, at which its paper reports results.
 ALSO_AT: dict[str, tuple[int, ...]] = {
@@ -60,9 +62,10 @@ def describe(name: str) -> Facts:
     Raises:
         UserError: When there is no such model.
     """
-    config = model_config(name)
+    config = _config(name)
     counted = _counted().get(ALIASES.get(name, name)) or count(name)
-    return {"model": name, "classes": config.num_classes, "source": source_of(config), **counted}
+    source = "comes with its weights" if name in weights_at_hand() else source_of(config)
+    return {"model": name, "classes": config.num_classes, "source": source, **counted}
 
 
 def count(name: str) -> Count:
@@ -76,7 +79,7 @@ def count(name: str) -> Count:
 
     from vitrail.models import build
 
-    config = model_config(name)
+    config = _config(name)
     with torch.device("meta"):
         model = build(config).eval().requires_grad_(False)
     gmacs: dict[str, float] = {}
@@ -106,6 +109,12 @@ def source_of(config: ModelConfig) -> str:
             return "tensorflow/tpu"
         case EfficientNetConfig():
             return "arXiv 1905.11946"
+        case WideResNetConfig():
+            return "arXiv 1605.07146"
+
+
+def _config(name: str) -> ModelConfig:
+    return config_at_hand(name) if name in weights_at_hand() else model_config(name)
 
 
 @cache
@@ -114,5 +123,5 @@ def _counted() -> dict[str, Count]:
 
 
 if __name__ == "__main__":
-    rows = [f" {json.dumps(name)}: {json.dumps(count(name))}" for name in list_models()]
+    rows = [f" {json.dumps(name)}: {json.dumps(count(name))}" for name in [*weights_at_hand(), *list_models()]]
     Path(__file__).with_name("zoo.json").write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")

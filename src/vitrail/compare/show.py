@@ -14,7 +14,8 @@ from vitrail.checkpoints.storage import write_file
 from vitrail.compare.runs import Comparison, Points, Run
 from vitrail.metrics import judged_by
 from vitrail.report.charts import Series, line_chart
-from vitrail.report.sections import NAMES, duration
+from vitrail.report.comparison import NAMES
+from vitrail.report.sections import duration
 
 LINES = 6
 """Runs in a chart: more lines than the page's style has colours for could not be told apart."""

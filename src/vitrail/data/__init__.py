@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitrail.data.arrays import ArraySource, find_cifar, find_idx, read_cifar, read_idx, read_npz
+from vitrail.data.arrays import ArraySource, find_cifar, find_idx, read_cifar, read_idx, read_npz, read_sheets
 from vitrail.data.base import Batch, BoxChooser, Picture, Source, Splits, Subset
 from vitrail.data.decode import crop_picture, decode, decode_crop, read_bytes, read_picture
 from vitrail.data.folders import (
@@ -47,8 +47,8 @@ __all__ = [
 
 log = logging.getLogger("vitrail")
 
-EMBEDDED = "fashion-mnist"
-"""Stands for the data set that comes with Vitrail; a folder of this name is `./fashion-mnist`."""
+EMBEDDED = "clothing"
+"""Stands for the data set that comes with Vitrail; a folder of this name is `./clothing`."""
 
 
 def open_data(
@@ -64,7 +64,7 @@ def open_data(
 
     Args:
         path: Folder of pictures (`read_folder`), CSV manifest, CIFAR or IDX folder, `.npz` of arrays, or
-            `fashion-mnist` for the embedded 12,000 pictures.
+            `clothing` for the 1,000 embedded colour photos.
         channels: 3 for RGB, 1 for grey; pictures are converted.
         val: Other data to validate on. Its labels are matched by class name.
         val_fraction: Share of the training pictures set aside, class by class, when there is no other validation
@@ -107,7 +107,7 @@ def _read(path: str | Path, channels: int, read_pictures: Callable[[Path, int], 
     if channels not in (1, 3):
         raise UserError(f"pictures are read with 1 (grey) or 3 (RGB) channels, not {channels}.")
     if str(path) == EMBEDDED:
-        return _with_channels(read_idx(Path(__file__).parent / "embedded"), channels)
+        return _with_channels(read_sheets(Path(__file__).parent / "clothing"), channels)
     path = Path(path)
     if path.is_dir():
         if find_cifar(path) is not None:

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from vitrail.data.base import BoxChooser, Picture, Source, Splits
-from vitrail.data.decode import crop_picture
-from vitrail.errors import UserError
+from vitrail.data.decode import crop_picture, read_picture
+from vitrail.errors import BrokenPicture, UserError
 from vitrail.npz import read_npz as read_arrays
 
 MAX_ARRAY_BYTES = 8 * 2**30
@@ -150,6 +150,19 @@ def read_idx(folder: Path) -> Splits:
     return Splits(train=train, test=_read_idx_part(folder, "t10k", classes))
 
 
+def read_sheets(folder: Path) -> Splits:
+    """Return pictures from `train.jpg` and `test.jpg`: sheets of square pictures side by side, a row per class.
+
+    Class names are the lines of `classes.txt`.
+
+    Raises:
+        UserError: When a file is missing or damaged, or its rows are not the classes.
+    """
+    classes = _read_names(folder / "classes.txt")
+    train, test = (_read_sheet(folder / f"{part}.jpg", classes, f"{folder.name}/{part}") for part in ("train", "test"))
+    return Splits(train=train, test=test)
+
+
 def read_npz(path: Path) -> Splits:
     """Return pictures from arrays x_train, y_train and, where present, x_val, y_val, x_test, y_test and classes.
 
@@ -254,6 +267,20 @@ def _read_records(paths: Sequence[Path], label_bytes: int) -> tuple[np.ndarray, 
     data = np.concatenate(parts)
     planes = data[:, label_bytes:].reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), data[:, label_bytes - 1]
+
+
+def _read_sheet(path: Path, classes: tuple[str, ...], prefix: str) -> ArraySource:
+    try:
+        sheet = read_picture(path)
+    except BrokenPicture as reason:
+        raise UserError(f"{path} is damaged: {reason}; install vitrail again.") from reason
+    height, width, channels = sheet.shape
+    side, rest = divmod(height, len(classes))
+    if rest or width % side:
+        raise UserError(f"{path} has {width} x {height} pixels: no rows of squares for {len(classes)} classes.")
+    tiles = sheet.reshape(len(classes), side, width // side, side, channels).swapaxes(1, 2)
+    labels = np.repeat(np.arange(len(classes)), width // side)
+    return ArraySource(tiles.reshape(-1, side, side, channels), labels, classes, prefix)
 
 
 def _idx_path(folder: Path, name: str) -> Path | None:

@@ -18,6 +18,7 @@ from vitrail.data.base import Source
 from vitrail.metrics import Evaluation
 from vitrail.models import ImageModel
 from vitrail.report.attention import attention_section
+from vitrail.report.comparison import Comparison, comparison_section
 from vitrail.report.pretraining import (
     RestoredPicture,
     pretraining_data_section,
@@ -28,7 +29,6 @@ from vitrail.report.sections import (
     answers_section,
     calibration_section,
     classes_section,
-    comparison_section,
     confusion_section,
     data_section,
     summary,
@@ -60,7 +60,7 @@ def write_report(
     source: Source,
     model: ImageModel,
     run: RunRecord | None = None,
-    baseline: Mapping[str, Any] | None = None,
+    comparison: Comparison | None = None,
 ) -> None:
     """Write one self-contained HTML page about a model and its answers. Sections that do not apply are left out.
 
@@ -71,7 +71,7 @@ def write_report(
         source: The pictures that were evaluated; some are shown.
         model: The model; put into evaluation mode.
         run: How it was trained.
-        baseline: A simpler method's result on the same pictures: its `name`, and metrics named as in `evaluation`.
+        comparison: What other methods reached on the same pictures.
 
     Raises:
         UserError: When a picture that was evaluated can no longer be read.
@@ -80,7 +80,7 @@ def write_report(
     metrics = evaluation.metrics()
     sections = {
         "summary": summary(evaluation, metrics, model, run.seconds if run else None),
-        "comparison": comparison_section(metrics, len(evaluation), baseline) if baseline else None,
+        "comparison": comparison_section(metrics, len(evaluation), comparison) if comparison else None,
         "curves": curves_section(run.config, run.metrics) if run else None,
         "restored": None,
         "confusion": confusion_section(evaluation),

@@ -10,19 +10,12 @@ from vitrail.data.view import view_pixels
 from vitrail.errors import BrokenPicture, UserError
 from vitrail.metrics import Answer, Evaluation, wilson_interval
 from vitrail.models import ImageModel
-from vitrail.report.charts import Row, bar_chart, heat_map, interval_chart, reliability_chart
+from vitrail.report.charts import bar_chart, heat_map, reliability_chart
+from vitrail.report.comparison import NAMES
 from vitrail.report.figures import is_small, png_uri, thumbnail
 
 Section = dict[str, Any]
 
-NAMES = {
-    "top1": "Top-1 accuracy",
-    "top5": "Top-5 accuracy",
-    "mAP": "Mean average precision",
-    "micro_f1": "Micro-F1",
-    "macro_f1": "Macro-F1",
-    "balanced_accuracy": "Balanced accuracy",
-}
 LARGEST_MATRIX = 40  # classes; beyond, cells get too small to read
 PAIRS_BESIDE_MATRIX, PAIRS_ALONE = 6, 20
 MISTAKES, RIGHT = 18, 9  # pictures in the gallery
@@ -48,26 +41,6 @@ def summary(evaluation: Evaluation, metrics: Mapping[str, float], model: ImageMo
     if seconds is not None:
         cards.append(("Training time", duration(seconds), ""))
     return {"sentence": sentence, "cards": cards}
-
-
-def comparison_section(metrics: Mapping[str, float], count: int, baseline: Mapping[str, Any]) -> Section | None:
-    """Return the model beside a simpler method on `count` pictures, for every metric that both have."""
-    charts = []
-    for key in NAMES:
-        if key in metrics and key in baseline:
-            rows = []
-            for name, value in (("this model", metrics[key]), (str(baseline["name"]), float(baseline[key]))):
-                # The other metrics are not shares of pictures, so that this interval does not hold for them.
-                low, high = wilson_interval(value, count) if key in ("top1", "top5") else (None, None)
-                rows.append(Row(name, value, low, high))
-            text = ", ".join(f"{row.name} {row.value:.1%}" for row in rows)
-            charts.append((NAMES[key], interval_chart(rows, label=f"{NAMES[key]}: {text}.")))
-    if not charts:
-        return None
-    verdict = None
-    if "top1" in metrics and "top1" in baseline:
-        verdict = _verdict(metrics["top1"], float(baseline["top1"]), count)
-    return {"name": baseline["name"], "charts": charts, "verdict": verdict}
 
 
 def confusion_section(evaluation: Evaluation) -> Section | None:
@@ -187,15 +160,6 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours:,} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _verdict(ours: float, theirs: float, count: int) -> dict[str, str]:
-    """Return both methods' mistakes, and how much fewer or more ours are."""
-    mine, other = round((1 - ours) * count), round((1 - theirs) * count)
-    change = "as many"
-    if mine != other:
-        change = f"{abs(other - mine) / max(other, 1):.0%} {'fewer' if mine < other else 'more'}"
-    return {"mine": f"{mine:,}", "other": f"{other:,}", "change": change}
 
 
 def _balance(source: Source) -> Section:
