@@ -1,20 +1,25 @@
 """Batched training augmentation: what each step does to pixels and targets, and that no picture changes another."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.nn import functional as F
 
 from vitrail.config.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from vitrail.config.run import AugmentConfig
+from vitrail.data import open_data
 from vitrail.data.augment import Augment, cutout, erase, jitter, random_boxes, shift
 from vitrail.data.base import Batch
 from vitrail.data.mix import mix
 from vitrail.data.operations import brightness, color, contrast
+from vitrail.data.policies import apply_policy
 from vitrail.data.random import Draw, choice, normal, sample_keys, uniform
-from vitrail.data.view import evaluation_view, mean_levels, normalise, view_levels
+from vitrail.data.stream import Stream
+from vitrail.data.view import Box, denormalise, evaluation_view, mean_levels, normalise, resample, view_levels
 from vitrail.errors import UserError
 
 PLAIN = AugmentConfig(crop="none", flip=0.0)
@@ -58,9 +63,9 @@ def test_without_a_random_crop_the_evaluation_crop_is_taken() -> None:
 
 
 def test_pictures_that_were_cropped_while_decoding_are_not_cropped_again() -> None:
-    batch = batch_of(3, cropped=True)
+    batch, preprocessing = batch_of(3, cropped=True), replace(SIZE_32, crop_fraction=0.75)
     for crop in ("resized", "padded", "none"):
-        images, _ = Augment(replace(PLAIN, crop=crop), SIZE_32)(batch, classes=CLASSES)
+        images, _ = Augment(replace(PLAIN, crop=crop, pad=0), preprocessing)(batch, classes=CLASSES)
         assert torch.equal(images, normalise(batch.images, SIZE_32))
 
 
@@ -134,6 +139,54 @@ def test_padded_crops_start_from_the_evaluation_view_at_the_models_own_size_too(
     batch, preprocessing = batch_of(5, 32, 32), replace(SIZE_32, crop_fraction=0.75)
     images, _ = Augment(AugmentConfig(crop="padded", pad=0, flip=0.0), preprocessing)(batch, classes=CLASSES)
     assert torch.equal(images, normalise(view_levels(batch.images, preprocessing), preprocessing))
+
+
+def test_padded_crops_come_after_the_policy() -> None:
+    batch, config = batch_of(20), AugmentConfig(crop="padded", policy="autoaugment-cifar", flip=0.0)
+    images, _ = Augment(config, SIZE_32)(batch, classes=CLASSES)
+    border = mean_levels(SIZE_32, torch.device("cpu"))
+    changed = apply_policy(batch.images.float().contiguous(), batch.keys, config, border.round())
+    assert torch.equal(images, normalise(shift(changed, batch.keys, 4, border), SIZE_32))
+
+
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.8}])
+def test_augmented_at_a_size_of_their_own_pictures_are_resized_last(mixing) -> None:
+    size, large = (32, 32), replace(SIZE_32, image_size=(75, 75), fit="squash")
+    settings = AugmentConfig(crop="padded", policy="autoaugment-cifar", cutout=16, **mixing)
+    batch = batch_of(20)
+    images, targets = Augment(replace(settings, size=size), large)(batch, classes=CLASSES)
+    small, expected_targets = Augment(settings, SIZE_32)(batch, classes=CLASSES)
+    levels = denormalise(small, SIZE_32)
+    for side in ((32, 75), (75, 75)):  # torch's own filter; each axis is clipped to black and white, as in evaluation
+        levels = F.interpolate(levels, size=side, mode="bicubic", antialias=True).clamp(0, 255)
+    torch.testing.assert_close(images, normalise(levels, SIZE_32), rtol=0, atol=1e-3)
+    assert images.shape == (20, 3, 75, 75) and torch.equal(targets, expected_targets)
+
+
+def test_random_boxes_are_taken_to_the_size_to_augment_at() -> None:
+    batch, small = batch_of(6, 40, 50), replace(SIZE_32, image_size=(16, 20))
+    config = AugmentConfig(crop="resized", erase=0.5)
+    images, _ = Augment(replace(config, size=(16, 20)), SIZE_32)(batch, classes=CLASSES)
+    levels = denormalise(Augment(config, small)(batch, classes=CLASSES)[0], small)
+    assert torch.equal(images, normalise(resample(levels, Box(0, 0, 16, 20), (32, 32), "bicubic"), SIZE_32))
+
+
+@pytest.mark.parametrize("crop", ["padded", "none"])
+@pytest.mark.parametrize("size", [None, (12, 12)])
+def test_pictures_from_files_are_augmented_as_those_in_memory(photos: Path, crop, size) -> None:
+    config, source = AugmentConfig(crop=crop, pad=2, size=size), open_data(photos).train
+    preprocessing = replace(SIZE_32, crop_fraction=0.75)
+    stream = Stream(source, preprocessing=preprocessing, augment=config, batch_size=6, workers=0)
+    (batch,) = next(stream)
+    assert batch.images.shape[2:] == (size or (32, 32))
+    images, _ = Augment(config, preprocessing)(batch, classes=3)
+    order = [stream._order.at(i).picture for i in range(6)]
+    for row, picture in enumerate(order):
+        pixels = torch.from_numpy(source.load(picture)).permute(2, 0, 1)[None]
+        stored = Batch(pixels, batch.targets[row : row + 1], batch.keys[row : row + 1], cropped=False)
+        alone, _ = Augment(config, preprocessing)(stored, classes=3)
+        # Files are decoded to whole levels.
+        torch.testing.assert_close(images[row : row + 1], alone, rtol=0, atol=2 / 255 / min(IMAGENET_STD))
 
 
 def test_resized_crops_are_the_drawn_boxes() -> None:

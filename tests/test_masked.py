@@ -460,7 +460,7 @@ def test_labels_of_labelled_data_are_left_aside(photos: Path, tmp_path: Path) ->
     assert data.train.classes == ("pictures",)
     assert set(data.train.targets.tolist()) == {0}
     assert (len(data.train), len(data.val or ())) == (60, 2)
-    embedded = open_data("fashion-mnist", channels=1, labelled=False)
+    embedded = open_data("clothing", labelled=False)
     assert embedded.train.class_counts().tolist() == [len(embedded.train)]
 
 

@@ -8,37 +8,53 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from vitrail.config.run import OptimConfig
 from vitrail.errors import UserError
 from vitrail.models.base import ImageModel
-from vitrail.optimizers import Adafactor, Muon
+from vitrail.optimizers import Adafactor, Muon, RMSProp
 
 
 def prepare(model: ImageModel, config: OptimConfig) -> None:
-    """Put the model into the state to train in: what learns, and in which mode it answers.
-
-    With `train="head"` the body is frozen and the whole model stays in evaluation mode: BatchNorm keeps its statistics,
-    and dropout, whose noise is there to regularise the body, is off. No gradient is computed behind the head, as
-    nothing there asks for one.
+    """Put the model into the state to build its optimizer in: what learns at any time in the run asks for a gradient.
 
     Raises:
         UserError: When only the head is to learn and the model has none.
     """
-    head_only = config.train == "head"
-    if head_only and model.config.num_classes == 0:
-        raise UserError("--optim.train head: this model has no head; give it classes with num_classes=.")
+    if (config.train == "head" or config.head_first) and model.config.num_classes == 0:
+        setting = "--optim.train head" if config.train == "head" else "--optim.head-first"
+        raise UserError(f"{setting}: this model has no head; give it classes with num_classes=.")
+    let_learn(model, head_only=config.train == "head")
+
+
+def let_learn(model: ImageModel, *, head_only: bool) -> None:
+    """Say what learns, and with it in which mode the model answers.
+
+    With `head_only` the body is frozen and the whole model stays in evaluation mode: BatchNorm keeps its statistics,
+    and dropout, whose noise is there to regularise the body, is off. No gradient is computed behind the head, as
+    nothing there asks for one.
+    """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not head_only or name.startswith("head."))
     model.train(not head_only)
 
 
+def head_steps(config: OptimConfig, total: int) -> int:
+    """Return how many updates at the start of `total` are the head's alone, all else learning later.
+
+    Head first, then all of it: LP-FT (Kumar et al., 2022, arXiv 2202.10054). A random head would bend the features of
+    a pretrained body before it can tell what they are good for.
+    """
+    return min(round(config.head_first * total), total - 1) if config.train == "all" else 0
+
+
 def parameter_groups(model: ImageModel, config: OptimConfig) -> list[dict[str, Any]]:
     """Return the optimizer's groups: decayed matrices apart from the rest, one pair per layer with layer decay.
 
-    Weight decay touches kernels only (big_vision: parameters named `kernel`): no bias, norm, class token, probe or
-    position. Each group carries `lr_scale`, its factor on the schedule (BEiT, arXiv 2106.08254, appendix).
+    Weight decay touches kernels only (big_vision: parameters named `kernel`), no bias, norm, class token, probe or
+    position, unless `config.decay` is "all". Each group carries `lr_scale`, its factor on the schedule (BEiT, arXiv
+    2106.08254, appendix).
     """
     top = len(model.blocks()) + 1
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -50,7 +66,10 @@ def parameter_groups(model: ImageModel, config: OptimConfig) -> list[dict[str, A
         if name.startswith("head.") and config.head_decay is not None:
             decay = config.head_decay
         distance = top - model.depth_of(name) if config.layer_decay < 1 else 0
-        settings: dict[str, Any] = {"weight_decay": decay if kernel else 0.0, "lr_scale": config.layer_decay**distance}
+        decays = kernel or config.decay == "all"
+        settings: dict[str, Any] = {"weight_decay": decay if decays else 0.0, "lr_scale": config.layer_decay**distance}
+        if config.head_first:
+            settings["head"] = name.startswith("head.")  # groups that count their updates are not to mix both
         if config.name == "adafactor" and kernel:
             settings["shape"] = _heads_apart(model, name, parameter)
         if config.name == "muon":
@@ -92,6 +111,10 @@ def build_optimizer(model: ImageModel, config: OptimConfig) -> Optimizer:
     match config.name:
         case "sgd":
             return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        case "adam":
+            return Adam(groups, lr=config.lr, betas=config.betas, fused=fused)
+        case "rmsprop":
+            return RMSProp(groups, lr=config.lr, momentum=config.momentum)
         case "adamw":
             return AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
         case "muon":
@@ -106,16 +129,26 @@ def learning_rate(config: OptimConfig, step: int, total: int) -> float:
 
     Linear warm-up over at most a fifth of the run, then the schedule; `rsqrt` and `constant` end in a linear cooldown
     multiplied on top (big_vision `create_learning_rate_schedule`; Zhai et al., 2022, arXiv 2106.04560, section 3.5).
+
+    While the head learns alone, its rate warms up in the same way, over at most a fifth of these updates, and stays at
+    the peak: the head is to come close to its best, not to settle. All else then has a whole schedule for itself, with
+    the warm-up that the body's optimizer needs as much as that of any run: its moments begin with it.
     """
+    alone = head_steps(config, total)
+    if step < alone:
+        return config.lr * min(1.0, (step + 1) / max(1, min(config.warmup_steps, alone // 5)))
+    step, total = step - alone, total - alone
     warmup = min(config.warmup_steps, total // 5)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(total - warmup, 1)
+    progress, floor = (step - warmup) / max(total - warmup, 1), min(config.min_lr, config.lr)
     match config.schedule:
         case "cosine":
-            factor = 0.5 * (1 + math.cos(math.pi * progress))
+            return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
         case "linear":
-            factor = 1 - progress
+            return floor + (config.lr - floor) * (1 - progress)
+        case "exponential":  # counted from the start of the run (tensorflow/tpu efficientnet `build_learning_rate`)
+            factor = config.decay_factor ** (step // config.decay_steps)
         case "rsqrt":
             factor = 1 / math.sqrt(1 + (step - warmup) / config.rsqrt_timescale)
         case "constant":

@@ -16,14 +16,30 @@ from vitrail.errors import UserError
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process work as if it were the only one: what it does may fail, or take its time, without the others."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def rank() -> int:
     """Return this process's number, 0 without torchrun."""
+    if _alone:
+        return 0
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
     """Return the number of processes, 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def share_of(count: int) -> range:

@@ -1,10 +1,13 @@
 """A run: everything that decides its result, in one frozen tree. Presets are values of `RunConfig`."""
 
 import math
+import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
+from vitrail.config.distillation import DistillationConfig
 from vitrail.config.masked import MaskedConfig
+from vitrail.config.meta_pseudo_labels import MetaPseudoLabelsConfig
 from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Fit, Interpolation
 from vitrail.config.recipes import LossConfig, SamConfig
@@ -31,12 +34,20 @@ class InputConfig:
     """Mean of the normalisation, for values in [0, 1]; one value stands for all channels."""
     std: tuple[float, ...] = (0.5,)
     """Standard deviation of the normalisation."""
+    renormalise: bool = False
+    """Normalise by `mean` and `std` even where the weights to start from were trained with others, which else win."""
     workers: int = 2
     """Decoding threads; 0 decodes in the training thread. The result does not depend on it."""
     max_broken: float = 0.01
     """Share of pictures that may be unreadable before the run stops."""
     balanced: bool = False
     """Draw every class equally often, instead of every picture once per epoch."""
+    labelled: float | None = None
+    """Keep the labels of so many training pictures only, equally many of each class, drawn by seed; a number below 1 is
+    a share of every class. Meta Pseudo Labels learns from the others, too, any other recipe leaves them out."""
+    unlabelled: str | None = None
+    """Meta Pseudo Labels: the pictures without labels; data as for `--data`, whose labels are not looked at. Left out:
+    the training pictures whose labels `labelled` does not keep."""
 
     def __post_init__(self) -> None:
         _require_finite(self, "input.")
@@ -44,6 +55,8 @@ class InputConfig:
             raise UserError(f"--input.val-fraction must lie between 0 and 1, not {self.val_fraction}.")
         if not 0 < self.crop_fraction <= 1:
             raise UserError(f"--input.crop-fraction must lie in (0, 1], not {self.crop_fraction}.")
+        if self.labelled is not None and (self.labelled <= 0 or (self.labelled >= 1 and self.labelled % 1)):
+            raise UserError(f"--input.labelled must be a share below 1 or a whole number, not {self.labelled}.")
         if not 0 <= self.max_broken <= 1:
             raise UserError(f"--input.max-broken must lie in [0, 1], not {self.max_broken}.")
         if self.workers < 0:
@@ -56,22 +69,40 @@ class InputConfig:
 class AugmentConfig:
     """Training augmentation; every picture draws its own parameters."""
 
-    crop: Literal["resized", "padded", "none"] = "resized"
-    """Random resized crop (Inception), pad-and-crop (CIFAR), or the evaluation view's crop."""
+    crop: Literal["resized", "padded", "random", "none"] = "resized"
+    """Random resized crop (Inception), pad-and-crop (CIFAR; after the policy), or the evaluation view's crop: at a
+    `random` place, or as it is."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """`resized`: share of the picture's area that is kept, from and to."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     """`resized`: aspect ratio of the crop (width over height), from and to."""
     pad: int = 4
     """`padded`: pixels of border."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels at which pictures are augmented, where that is not the model's size; to that they are
+    resized last. So small pictures for a large model cost little, and look as the policy expects them."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
-    policy: Literal["none", "randaugment", "trivialaugment", "autoaugment-imagenet", "autoaugment-cifar"] = "none"
-    """Learned or random policy of picture operations."""
+    policy: Literal[
+        "none",
+        "randaugment",
+        "randaugment-increasing",
+        "randaugment-cifar",
+        "trivialaugment",
+        "autoaugment-imagenet",
+        "autoaugment-v0",
+        "autoaugment-cifar",
+    ] = "none"
+    """Learned or random policy of picture operations. `randaugment` is Google's, `-increasing` is timm's: stronger with
+    every step of the strength, each operation in half of the pictures; `-cifar` is Google's of Meta Pseudo Labels:
+    small shifts, each operation in 20 to 80 % of the pictures; `autoaugment-v0` is that of EfficientNet's code."""
     operations: int = 2
     """`randaugment`: operations per picture (N)."""
     magnitude: float = 10.0
-    """`randaugment`: strength (M), from 0 to 10 as in the AutoAugment code; higher values go on linearly."""
+    """`randaugment`: strength (M), from 0 to 10 as in the AutoAugment code; higher values go on linearly, but for
+    `-increasing`."""
+    magnitude_std: float = 0.0
+    """`randaugment-increasing`: deviation of the strength from operation to operation."""
     color_jitter: float = 0.0
     """Largest relative change of brightness, contrast and saturation."""
     erase: float = 0.0
@@ -90,10 +121,12 @@ class AugmentConfig:
             raise UserError(f"--augment.crop-area must rise from above 0 to at most 1, not {self.crop_area}.")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise UserError(f"--augment.crop-ratio must be positive and rising, not {self.crop_ratio}.")
+        if self.size is not None and min(self.size) < 1:
+            raise UserError(f"--augment.size must be two positive numbers, height and width, not {self.size}.")
         for name in ("flip", "erase"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--augment.{name} is a probability, not {getattr(self, name)}.")
-        for name in ("pad", "operations", "magnitude", "color_jitter", "cutout", "mixup", "cutmix"):
+        for name in ("pad", "operations", "magnitude", "magnitude_std", "color_jitter", "cutout", "mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise UserError(f"--augment.{name.replace('_', '-')} must not be negative, not {getattr(self, name)}.")
 
@@ -103,41 +136,59 @@ class SupervisedConfig(LossConfig):
     """Supervised learning from labelled pictures."""
 
 
-RecipeConfig = SupervisedConfig | SamConfig | SemanticConfig | MaskedConfig
+RecipeConfig = (
+    SupervisedConfig | SamConfig | SemanticConfig | MaskedConfig | DistillationConfig | MetaPseudoLabelsConfig
+)
+RECIPES: dict[str, type[RecipeConfig]] = {
+    re.sub(r"(?<!^)(?=[A-Z])", "-", kind.__name__.removesuffix("Config")).lower(): kind
+    for kind in get_args(RecipeConfig)
+}
+"""Every recipe by the name that `--recipe` takes, its configuration's: `sam`, `meta-pseudo-labels`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "sgd", "muon", "adafactor"] = "adamw"
-    """AdamW, SGD with momentum, Muon (hidden matrices; AdamW for the rest), or Adafactor as ViT-G trains with it."""
+    name: Literal["adamw", "sgd", "muon", "adafactor", "adam", "rmsprop"] = "adamw"
+    """AdamW, SGD with momentum, Muon (hidden matrices; AdamW for the rest), Adafactor as ViT-G trains with it, Adam
+    with its decay in the gradient (L2), or RMSProp as TensorFlow has it."""
     train: Literal["all", "head"] = "all"
     """`head`: only the head learns; the body answers as in evaluation, and nothing in it changes."""
+    head_first: float = 0.0
+    """Share of the run in which, at its start, only the head learns, at the peak learning rate; then the schedule."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
-    """Decay of weight matrices; biases, norms, positions and class token are left alone."""
+    """Decay of weight matrices; biases, norms, positions and class token are left alone, unless `decay` says `all`."""
+    decay: Literal["kernels", "all"] = "kernels"
+    """What decays: weight matrices, or every parameter."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW: decay of both moments."""
+    """AdamW, Adam: decay of both moments."""
     head_decay: float | None = None
     """Decay of the head's weight matrix, where it differs from `weight_decay`."""
     momentum: float = 0.9
-    """SGD, Muon: momentum."""
+    """SGD, Muon, RMSProp: momentum."""
     nesterov: bool = False
     """SGD: Nesterov momentum; Muon always has it."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 is off."""
     layer_decay: float = 1.0
     """Factor on the learning rate per layer away from the head; 1 is off."""
-    schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "rsqrt", "constant", "exponential"] = "cosine"
     """Course of the learning rate after warm-up."""
+    min_lr: float = 0.0
+    """`cosine`, `linear`: learning rate at the end, where that is below the peak."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0; at most a fifth of the run."""
     cooldown_steps: int = 0
     """`rsqrt`, `constant`: steps of linear descent to 0 at the end."""
     rsqrt_timescale: int = 10_000
     """`rsqrt`: 1 / sqrt(1 + steps after warm-up / timescale)."""
+    decay_factor: float = 0.97
+    """`exponential`: factor on the learning rate at every `decay_steps`-th step."""
+    decay_steps: int = 1000
+    """`exponential`: steps at one learning rate."""
     ema: float = 0.0
     """Decay of the averaged weights (EMA, Polyak), which are then evaluated and shipped; 0 is off."""
 
@@ -147,10 +198,15 @@ class OptimConfig:
             raise UserError(f"--optim.lr must be positive, not {self.lr}.")
         if not 0 <= self.ema < 1:
             raise UserError(f"--optim.ema must lie in [0, 1), not {self.ema}.")
+        if not 0 <= self.head_first < 1:
+            raise UserError(f"--optim.head-first is a share of the run, in [0, 1), not {self.head_first}.")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"--optim.layer-decay must lie in (0, 1], not {self.layer_decay}.")
-        if self.rsqrt_timescale < 1:
-            raise UserError(f"--optim.rsqrt-timescale must be at least 1, not {self.rsqrt_timescale}.")
+        for name in ("rsqrt_timescale", "decay_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--optim.{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
+        if not 0 < self.decay_factor <= 1:
+            raise UserError(f"--optim.decay-factor must lie in (0, 1], not {self.decay_factor}.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--optim.betas must lie in [0, 1), not {self.betas}.")
         if not 0 <= self.momentum < 1:
@@ -159,7 +215,7 @@ class OptimConfig:
             raise UserError("--optim.nesterov needs --optim.name sgd and --optim.momentum above 0.")
         if self.head_decay is not None and self.head_decay < 0:
             raise UserError(f"--optim.head-decay must not be negative, not {self.head_decay}.")
-        for name in ("weight_decay", "clip_norm", "warmup_steps", "cooldown_steps"):
+        for name in ("weight_decay", "clip_norm", "min_lr", "warmup_steps", "cooldown_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"--optim.{name.replace('_', '-')} must not be negative, not {getattr(self, name)}.")
 
@@ -227,6 +283,12 @@ class RunConfig:
     """Continue the run in `--out` exactly where its last good checkpoint stands."""
     minutes: float | None = None
     """Length of the run; measured into a number of steps once, at the start."""
+    find_lr: bool = False
+    """Measure the learning rate (`--optim.lr`) once, before the run: a third of the one at which the loss stops falling
+    while the rate rises."""
+    find_batch_size: bool = False
+    """Measure the batch size (`--loop.batch-size`) once, before the run: on a GPU the largest that fits and is no
+    slower per picture, on a CPU the smallest that is as fast as any. Other settings stay."""
     seed: int = 0
     """Seed of everything random."""
     model: ModelConfig = field(default_factory=ViTConfig)

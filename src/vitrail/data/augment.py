@@ -4,6 +4,7 @@ The same code runs on CPU and GPU. Nothing depends on a picture's place in the b
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +18,16 @@ from vitrail.data.mix import mix
 from vitrail.data.operations import brightness, color, contrast, rectangle_masks
 from vitrail.data.policies import apply_policy
 from vitrail.data.random import Draw, choice, normal_at, uniform
-from vitrail.data.view import check_channels, mean_levels, normalise, resample_boxes, view_levels
+from vitrail.data.view import (
+    Box,
+    check_channels,
+    denormalise,
+    mean_levels,
+    normalise,
+    resample,
+    resample_boxes,
+    view_levels,
+)
 
 TRIES = 10  # boxes tried until one fits into the picture, as in torchvision and timm
 ERASE_AREA, ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
@@ -29,10 +39,13 @@ class Augment:
     def __init__(self, config: AugmentConfig, preprocessing: Preprocessing) -> None:
         self.config = config
         self.preprocessing = preprocessing
+        self._view = augmented_view(config, preprocessing)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, *, classes: int) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b classes"]]:
         """Return augmented, normalised pictures and one row of class probabilities (or 0/1 labels) per picture.
+
+        Pad-and-crop comes after the policy, as in the code of AutoAugment for CIFAR and all that followed it.
 
         Raises:
             UserError: When the pictures' channels are not the model's.
@@ -49,6 +62,8 @@ class Augment:
             images = apply_policy(images, keys, config, fill)
         if config.color_jitter:
             images = jitter(images, keys, config.color_jitter)
+        if config.crop == "padded":
+            images = shift(images, keys, config.pad, mean_levels(self.preprocessing, images.device))
         images = normalise(images, self.preprocessing)
         if config.erase:
             erase(images, keys, config.erase)
@@ -57,23 +72,58 @@ class Augment:
         targets = batch.targets if batch.targets.ndim == 2 else F.one_hot(batch.targets, classes)
         targets = targets.float()
         if config.mixup or config.cutmix:
-            return mix(images, targets, keys, mixup=config.mixup, cutmix=config.cutmix)
-        return images, targets
+            images, targets = mix(images, targets, keys, mixup=config.mixup, cutmix=config.cutmix)
+        return self._at_model_size(images), targets
 
     def _crop(self, batch: Batch) -> Float[Tensor, "b c rows columns"]:
-        """Return levels at the model's size, in memory of their own."""
-        images, config, preprocessing = batch.images, self.config, self.preprocessing
+        """Return levels at the size to augment at, in memory of their own."""
+        images, config, preprocessing = batch.images, self.config, self._view
         check_channels(images.shape[1], preprocessing)
         if batch.cropped:
             return images.contiguous().float()
-        if config.crop == "resized":
+        if config.crop in ("resized", "random"):
             height, width = (torch.full_like(batch.keys, n) for n in images.shape[2:])
-            boxes = random_boxes(batch.keys, height, width, config.crop_area, config.crop_ratio)
+            boxes = training_boxes(batch.keys, height, width, config, preprocessing)
             return resample_boxes(images, boxes, preprocessing.image_size, preprocessing.interpolation)
-        levels = view_levels(images, preprocessing)
-        if config.crop == "padded":
-            return shift(levels, batch.keys, config.pad, mean_levels(preprocessing, images.device))
-        return levels
+        return view_levels(images, preprocessing)
+
+    def _at_model_size(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c rows columns"]:
+        """Return pictures that were augmented at a size of their own at the model's, clipped as evaluation clips."""
+        size = images.shape[2], images.shape[3]
+        if size == self.preprocessing.image_size:
+            return images
+        levels = denormalise(images, self.preprocessing)
+        levels = resample(levels, Box(0, 0, *size), self.preprocessing.image_size, self.preprocessing.interpolation)
+        return normalise(levels, self.preprocessing)
+
+
+def augmented_view(config: AugmentConfig, preprocessing: Preprocessing) -> Preprocessing:
+    """Return how pictures are prepared for augmentation: as for the model, but at the size to augment at."""
+    return preprocessing if config.size is None else replace(preprocessing, image_size=config.size)
+
+
+def training_boxes(
+    keys: Int[Tensor, " b"],
+    heights: Int[Tensor, " b"],
+    widths: Int[Tensor, " b"],
+    config: AugmentConfig,
+    preprocessing: Preprocessing,
+) -> Float[Tensor, "b 4"]:
+    """Return the box (top, left, height, width) of each picture of these heights and widths that training looks at.
+
+    `resized`: see `random_boxes`. `random`: as large as the evaluation view's centre crop, anywhere in the picture
+    (big_vision's `resize_small` and `random_crop`), where it need not fall on whole pixels.
+    """
+    if config.crop == "resized":
+        return random_boxes(keys, heights, widths, config.crop_area, config.crop_ratio)
+    rows, columns = preprocessing.image_size
+    # In fp64, or a box that reaches the edge could lie beyond it by a rounding error, which decoders refuse.
+    heights, widths = heights.double(), widths.double()
+    step = preprocessing.crop_fraction * torch.minimum(heights / rows, widths / columns)  # pixels per pixel of the view
+    height, width = rows * step, columns * step
+    top = uniform(keys, Draw.CROP_TOP) * (heights - height)
+    left = uniform(keys, Draw.CROP_LEFT) * (widths - width)
+    return torch.stack([top, left, height, width], dim=1)
 
 
 def random_boxes(

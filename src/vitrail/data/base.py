@@ -107,6 +107,13 @@ class Splits:
     train: Source
     val: Source | None = None
     test: Source | None = None
+    unlabelled: Source | None = None
+    """Pictures to learn from whose labels are not known, or not to be looked at."""
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that is learned from, to tell whether two runs saw the same data."""
+        labelled = self.train.fingerprint()
+        return labelled if self.unlabelled is None else f"{labelled} + {self.unlabelled.fingerprint()}"
 
     def for_evaluation(self, split: str | None = None) -> tuple[str, Source]:
         """Return the name and pictures of one part: the one asked for, else test, else val, else train.
@@ -126,17 +133,20 @@ class Batch:
     """Pictures on their way to the model."""
 
     images: UInt8[Tensor, "b c h w"]
-    """Pixels as stored, cropped to the model's size where pictures differ in size."""
+    """Pixels as stored; where pictures differ in size, their view at the size at which they are augmented."""
     targets: Int[Tensor, " b"] | Float[Tensor, "b classes"]
     """Class indices, or 0/1 rows."""
     keys: Int[Tensor, " b"]
     """One random key per picture, a function of (seed, epoch, index, how often it came before): for augmentation."""
     cropped: bool
-    """Whether the random crop has been taken already, while decoding."""
+    """Whether the view (the random resized crop, or that of evaluation) has been taken already, while decoding."""
+    unlabelled: "Batch | None" = None
+    """Pictures without labels to learn from in the same update; their targets say nothing."""
 
     def __len__(self) -> int:
         return len(self.images)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on another device."""
-        return replace(self, images=self.images.to(device), targets=self.targets.to(device), keys=self.keys.to(device))
+        moved = {name: getattr(self, name).to(device) for name in ("images", "targets", "keys")}
+        return replace(self, **moved, unlabelled=self.unlabelled and self.unlabelled.to(device))

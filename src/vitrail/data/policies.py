@@ -1,7 +1,9 @@
 """Augmentation policies: which operations a picture gets, and how strong.
 
 - AutoAugment (Cubuk et al., 2019, arXiv 1805.09501): one of 25 learned pairs of operations, each with a probability.
-- RandAugment (Cubuk et al., 2020, arXiv 1909.13719): N operations at random, all at magnitude M.
+- RandAugment (Cubuk et al., 2020, arXiv 1909.13719): N operations at random, all at magnitude M. In timm's flavour,
+  which DeiT and its successors train with, every operation grows stronger with M, and acts on half of the pictures.
+  In that of Meta Pseudo Labels for CIFAR each picture has a chance of its own, from 20 to 80 %, and shifts are small.
 - TrivialAugment (Müller and Hutter, 2021, arXiv 2103.10158): one operation at one of 31 strengths, wide space.
 
 All draw a table row per picture; the rows say operation and argument. Operations act in groups of pictures.
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from vitrail.config.run import AugmentConfig
 from vitrail.data import operations as ops
-from vitrail.data.random import Draw, choice, uniform
+from vitrail.data.random import Draw, choice, normal, uniform
 
 Plan = tuple[Int[Tensor, "b n"], Float[Tensor, "b n"]]
 """Number in OPERATIONS and argument of the n operations that each picture gets, in turn."""
@@ -37,7 +39,13 @@ ENHANCE = ("Color", "Contrast", "Brightness", "Sharpness")
 # All of RandAugment's; TrivialAugment has no Invert, SolarizeAdd and Cutout, but Identity.
 RANDAUGMENT = tuple(name for name in OPERATIONS if name != "Identity")
 TRIVIALAUGMENT = tuple(name for name in OPERATIONS if name not in ("Invert", "SolarizeAdd", "Cutout"))
+# timm's `_RAND_INCREASING_TRANSFORMS`: erasing is a step of its own there.
+INCREASING = tuple(name for name in RANDAUGMENT if name != "Cutout")
 TRIVIAL_LEVELS = 31
+# Meta Pseudo Labels' for CIFAR.
+CIFAR_RANDAUGMENT = tuple(name for name in RANDAUGMENT if name != "SolarizeAdd")
+INCREASING_CHANCE = 0.5
+INCREASING_STEPS = 100  # strengths told apart from one level to the next
 
 Pair = tuple[tuple[str, float, int], tuple[str, float, int]]
 
@@ -70,6 +78,36 @@ AUTOAUGMENT_IMAGENET: tuple[Pair, ...] = (
     (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
     (("Equalize", 0.8, 0), ("Equalize", 0.6, 0)),
 )
+# What EfficientNets were trained with; no paper has it (tensorflow/tpu models/official/efficientnet/autoaugment.py,
+# `policy_v0`). Levels are RandAugment's.
+AUTOAUGMENT_V0: tuple[Pair, ...] = (
+    (("Equalize", 0.8, 0), ("ShearY", 0.8, 4)),
+    (("Color", 0.4, 9), ("Equalize", 0.6, 0)),
+    (("Color", 0.4, 1), ("Rotate", 0.6, 8)),
+    (("Solarize", 0.8, 3), ("Equalize", 0.4, 0)),
+    (("Solarize", 0.4, 2), ("Solarize", 0.6, 2)),
+    (("Color", 0.2, 0), ("Equalize", 0.8, 0)),
+    (("Equalize", 0.4, 0), ("SolarizeAdd", 0.8, 3)),
+    (("ShearX", 0.2, 9), ("Rotate", 0.6, 8)),
+    (("Color", 0.6, 1), ("Equalize", 1.0, 0)),
+    (("Invert", 0.4, 0), ("Rotate", 0.6, 0)),
+    (("Equalize", 1.0, 0), ("ShearY", 0.6, 3)),
+    (("Color", 0.4, 7), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.4, 6), ("AutoContrast", 0.4, 0)),
+    (("Solarize", 0.6, 8), ("Color", 0.6, 9)),
+    (("Solarize", 0.2, 4), ("Rotate", 0.8, 9)),
+    (("Rotate", 1.0, 7), ("TranslateY", 0.8, 9)),
+    (("ShearX", 0.0, 0), ("Solarize", 0.8, 4)),
+    (("ShearY", 0.8, 0), ("Color", 0.6, 4)),
+    (("Color", 1.0, 0), ("Rotate", 0.6, 2)),
+    (("Equalize", 0.8, 0), ("Equalize", 0.0, 0)),
+    (("Equalize", 1.0, 0), ("AutoContrast", 0.6, 0)),
+    (("ShearY", 0.4, 7), ("SolarizeAdd", 0.6, 7)),
+    (("Posterize", 0.8, 2), ("Solarize", 0.6, 10)),
+    (("Solarize", 0.6, 8), ("Equalize", 0.6, 0)),
+    (("Color", 0.8, 6), ("Rotate", 0.4, 5)),
+)
+V0_TRANSLATION = 250  # pixels at level 10, whatever the picture's size
 # Table 7, CIFAR-10 (used for CIFAR-100 as well).
 AUTOAUGMENT_CIFAR: tuple[Pair, ...] = (
     (("Invert", 0.1, 0), ("Contrast", 0.2, 6)),
@@ -108,7 +146,7 @@ def apply_policy(
     Args:
         images: Pictures, overwritten.
         keys: What each picture draws from.
-        config: `policy`, and for RandAugment `operations` and `magnitude`.
+        config: `policy`, and for RandAugment `operations`, `magnitude` and `magnitude_std`.
         fill: Colour of what comes into the picture from outside, and of Cutout's squares; whole levels.
     """
     size = images.shape[2], images.shape[3]
@@ -130,10 +168,17 @@ def apply_policy(
 
 def plan_policy(keys: Int[Tensor, " b"], config: AugmentConfig, size: tuple[int, int]) -> Plan:
     """Return what `config.policy` does to each picture of rows and columns `size`, before signs are drawn."""
+    if config.policy == "randaugment-increasing":
+        return _plan_increasing(keys, config, size)
     numbers, arguments, chances = _table(config.policy, config.magnitude, size, keys.device)
     if config.policy == "randaugment":
         rows = choice(keys, Draw.POLICY_OPERATION, len(numbers), (config.operations,))
         return numbers[rows, 0], arguments[rows, 0]
+    if config.policy == "randaugment-cifar":
+        rows = choice(keys, Draw.POLICY_OPERATION, len(numbers), (config.operations,))
+        chance = 0.2 + 0.6 * uniform(keys, Draw.POLICY_LEVEL)[:, None]  # one per picture
+        acts = uniform(keys, Draw.POLICY_APPLY, (config.operations,)) < chance
+        return torch.where(acts, numbers[rows, 0], OPERATIONS.index("Identity")), arguments[rows, 0]
     rows = choice(keys, Draw.POLICY_OPERATION, len(numbers))
     acts = uniform(keys, Draw.POLICY_APPLY, (numbers.shape[1],)) < chances[rows]
     return torch.where(acts, numbers[rows], OPERATIONS.index("Identity")), arguments[rows]
@@ -164,6 +209,57 @@ def randaugment_argument(name: str, level: float, size: tuple[int, int]) -> floa
     return float(scales.get(name, 0))
 
 
+def _plan_increasing(keys: Int[Tensor, " b"], config: AugmentConfig, size: tuple[int, int]) -> Plan:
+    """Return what timm's RandAugment does: a strength of its own for every operation, and a chance to be left out."""
+    shape = (config.operations,)
+    numbers, arguments = _increasing_table(size, keys.device)
+    rows = choice(keys, Draw.POLICY_OPERATION, len(numbers), shape)
+    level = config.magnitude + config.magnitude_std * normal(keys, Draw.POLICY_LEVEL, shape)
+    step = (level.clamp(0.0, 10.0) * INCREASING_STEPS).round().long()
+    down = (uniform(keys, Draw.POLICY_SIGN, shape) < 0.5).long()  # of a factor, away from 1; `apply_policy`'s sign
+    acts = uniform(keys, Draw.POLICY_APPLY, shape) < INCREASING_CHANCE
+    return torch.where(acts, numbers[rows], OPERATIONS.index("Identity")), arguments[rows, step, down]
+
+
+def increasing_argument(name: str, level: float, size: tuple[int, int], *, down: bool = False) -> float:
+    """Return an operation's argument at level 0 to 10 of timm's RandAugment (`rand-m9-mstd0.5-inc1`).
+
+    Enhancements have a factor above or, with `down`, below 1. Translation is a share of the picture.
+    """
+    height, width = size
+    share = level / 10
+    if name in ENHANCE:
+        return max(0.1, 1 - 0.9 * share) if down else 1 + 0.9 * share
+    scales = {
+        "Posterize": 4 - int(4 * share),
+        "Solarize": 256 - int(256 * share),
+        "SolarizeAdd": int(110 * share),
+        "Rotate": 30 * share,
+        "ShearX": 0.3 * share,
+        "ShearY": 0.3 * share,
+        "TranslateX": 0.45 * share * width,
+        "TranslateY": 0.45 * share * height,
+    }
+    return float(scales.get(name, 0))
+
+
+def cifar_randaugment_argument(name: str, level: float, size: tuple[int, int]) -> float:
+    """Return an operation's argument at the level of RandAugment as Meta Pseudo Labels has it for CIFAR.
+
+    From google-research/meta_pseudo_labels, augment.py and data_utils.py: translation and Cutout's half side reach an
+    eighth of the picture at level 10. Solarize's threshold begins again at 0 above 255, as uint8 does there.
+    """
+    height, width = size
+    share = level / 10
+    scales = {
+        "Solarize": int(256 * share) % 256,
+        "TranslateX": share * (width // 8),
+        "TranslateY": share * (height // 8),
+        "Cutout": int(share * (min(size) // 8)),
+    }
+    return float(scales[name]) if name in scales else randaugment_argument(name, level, size)
+
+
 def trivialaugment_argument(name: str, level: int) -> float:
     """Return an operation's argument at TrivialAugment's `level`, 0 to 30, in the wide space of the official code."""
     last = TRIVIAL_LEVELS - 1
@@ -179,6 +275,11 @@ def trivialaugment_argument(name: str, level: int) -> float:
         "TranslateY": int(level * 32 / last),
     }
     return float(scales.get(name, 0))
+
+
+def v0_argument(name: str, level: int, size: tuple[int, int]) -> float:
+    """Return an operation's argument at a level, 0 to 10, of `policy_v0`: RandAugment's, but for its translation."""
+    return V0_TRANSLATION * level / 10 if name == "TranslateY" else randaugment_argument(name, float(level), size)
 
 
 def autoaugment_argument(name: str, level: int, size: tuple[int, int]) -> float:
@@ -211,9 +312,13 @@ def _table(
     rows: list[list[tuple[str, float, float]]]
     if policy == "randaugment":
         rows = [[(name, randaugment_argument(name, magnitude, size), 1.0)] for name in RANDAUGMENT]
+    elif policy == "randaugment-cifar":
+        rows = [[(name, cifar_randaugment_argument(name, magnitude, size), 1.0)] for name in CIFAR_RANDAUGMENT]
     elif policy == "trivialaugment":
         levels = range(TRIVIAL_LEVELS)
         rows = [[(name, trivialaugment_argument(name, level), 1.0)] for name in TRIVIALAUGMENT for level in levels]
+    elif policy == "autoaugment-v0":
+        rows = [[(name, v0_argument(name, level, size), p) for name, p, level in pair] for pair in AUTOAUGMENT_V0]
     else:
         pairs = {"autoaugment-cifar": AUTOAUGMENT_CIFAR, "autoaugment-imagenet": AUTOAUGMENT_IMAGENET}[policy]
         rows = [[(name, autoaugment_argument(name, level, size), p) for name, p, level in pair] for pair in pairs]
@@ -222,6 +327,21 @@ def _table(
         arguments = torch.tensor([[argument for _, argument, _ in row] for row in rows], device=device)
         chances = torch.tensor([[chance for _, _, chance in row] for row in rows], device=device)
     return numbers, arguments.float(), chances
+
+
+@lru_cache(maxsize=4)
+def _increasing_table(
+    size: tuple[int, int], device: torch.device
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, "rows levels 2"]]:
+    """Return the operations of timm's RandAugment, and their arguments at every level, upwards and downwards."""
+    levels = [step / INCREASING_STEPS for step in range(10 * INCREASING_STEPS + 1)]
+    rows = [
+        [[increasing_argument(name, level, size, down=down) for down in (False, True)] for level in levels]
+        for name in INCREASING
+    ]
+    with torch.inference_mode(False):  # as above
+        numbers = torch.tensor([OPERATIONS.index(name) for name in INCREASING], device=device)
+        return numbers, torch.tensor(rows, device=device)
 
 
 @lru_cache(maxsize=4)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitrail.config.preprocessing import Preprocessing
 from vitrail.config.run import AugmentConfig
-from vitrail.data.augment import random_boxes
+from vitrail.data.augment import augmented_view, training_boxes
 from vitrail.data.base import Batch, Picture, Source
 from vitrail.data.random import sample_keys
 from vitrail.data.view import view_pixels
@@ -100,7 +100,7 @@ class Stream(Iterator[list[Batch]]):
         Args:
             source: The training pictures.
             preprocessing: Size and filter of the model's input.
-            augment: Decides whether the random crop is taken while decoding.
+            augment: Decides whether the random crop is taken while decoding, and at what size.
             batch_size: Pictures per update over all processes; a multiple of `world * accumulation`.
             seed: Of the order and of every picture's augmentation.
             accumulation: Micro-batches per update.
@@ -119,7 +119,7 @@ class Stream(Iterator[list[Batch]]):
             )
         self.source = source
         self.broken: dict[int, str] = {}
-        self._preprocessing, self._augment = preprocessing, augment
+        self._preprocessing, self._augment = augmented_view(augment, preprocessing), augment
         self._seed, self._max_broken = seed, max_broken
         self._order = Order(source, seed=seed, balanced=balanced)
         self._targets = torch.from_numpy(np.ascontiguousarray(source.targets))
@@ -199,14 +199,14 @@ class Stream(Iterator[list[Batch]]):
         self._ahead.clear()
 
     def _decode(self, place: Place) -> Picture:
-        """Return one picture at the model's size, randomly cropped if augmentation says so."""
+        """Return one picture at the size at which it is augmented, randomly cropped if augmentation says so."""
         size, augment = self._preprocessing.image_size, self._augment
-        if augment.crop != "resized":
+        if augment.crop not in ("resized", "random"):
             return view_pixels(self.source.load(place.picture), self._preprocessing)
 
         def choose_box(height: int, width: int) -> tuple[float, float, float, float]:
             sizes = torch.tensor([height]), torch.tensor([width])
-            box = random_boxes(self._keys([place]), *sizes, augment.crop_area, augment.crop_ratio)
+            box = training_boxes(self._keys([place]), *sizes, augment, self._preprocessing)
             top, left, rows, columns = box[0].tolist()
             return top, left, rows, columns
 
@@ -234,7 +234,7 @@ class Stream(Iterator[list[Batch]]):
             raise UserError(f"none of {len(loaded)} pictures in a row can be read; `vitrail check` lists them.")
         index = torch.tensor([place.picture for place in places])
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-        return Batch(images, self._targets[index], self._keys(places), cropped=self._augment.crop != "padded")
+        return Batch(images, self._targets[index], self._keys(places), cropped=True)
 
     def _note_broken(self, index: int, reason: str) -> None:
         if index in self.broken:

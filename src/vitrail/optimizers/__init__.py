@@ -2,5 +2,6 @@
 
 from vitrail.optimizers.adafactor import Adafactor
 from vitrail.optimizers.muon import Muon
+from vitrail.optimizers.rmsprop import RMSProp
 
-__all__ = ["Adafactor", "Muon"]
+__all__ = ["Adafactor", "Muon", "RMSProp"]

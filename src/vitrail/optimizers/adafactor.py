@@ -61,6 +61,8 @@ class Adafactor(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            if all(parameter.grad is None for parameter in group["params"]):
+                continue  # learns later: moments and the count that corrects them begin together
             group["step"] += 1
             decay = min(DECAY_CAP, 1 - group["step"] ** DECAY_EXPONENT)
             whole: list[Tensor] = []

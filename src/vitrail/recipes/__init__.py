@@ -1,19 +1,25 @@
 """Recipes: how a model learns. `build_learner` turns a recipe's configuration into its `Learner`."""
 
+import copy
 from typing import Any
 
 import numpy as np
 import torch
 
+from vitrail.config.distillation import DistillationConfig
 from vitrail.config.masked import MaskedConfig
+from vitrail.config.meta_pseudo_labels import MetaPseudoLabelsConfig
 from vitrail.config.recipes import SamConfig
 from vitrail.config.run import RunConfig, SupervisedConfig
 from vitrail.config.semantic import SemanticConfig
 from vitrail.data.augment import Augment
+from vitrail.errors import UserError
 from vitrail.models.base import ImageModel
 from vitrail.parallel import Precision
 from vitrail.recipes.base import Learner
+from vitrail.recipes.distillation import DistillationLearner
 from vitrail.recipes.masked import MaskedLearner
+from vitrail.recipes.meta_pseudo_labels import MetaPseudoLabelsLearner
 from vitrail.recipes.sam import SamLearner
 from vitrail.recipes.semantic import SemanticLearner
 from vitrail.recipes.supervised import SupervisedLearner
@@ -53,6 +59,18 @@ def build_learner(
             return SamLearner(model, config.recipe, config.optim, **parts)
         case SemanticConfig():
             return SemanticLearner(model, config.recipe, config.optim, **parts, teacher=teacher)
+        case DistillationConfig():
+            return DistillationLearner(model, config.recipe, config.optim, **parts, teacher=teacher)
         case MaskedConfig():
             del parts["class_counts"]
             return MaskedLearner(model, config.recipe, config.optim, **parts)
+        case MetaPseudoLabelsConfig():
+            del parts["class_counts"]
+            if config.find_lr:
+                raise UserError(
+                    "--find-lr watches how fast a loss falls, but what the student learns moves with its teacher: "
+                    "leave it out, and set --optim.lr."
+                )
+            # From weights at hand both start alike: they know more of the classes than a random teacher would teach.
+            twin = copy.deepcopy(model) if config.init is not None else None
+            return MetaPseudoLabelsLearner(model, config.recipe, config.optim, **parts, teacher=twin)

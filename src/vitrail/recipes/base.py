@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from vitrail.config.run import OptimConfig
 from vitrail.data.base import Batch
 from vitrail.models.base import ImageModel
-from vitrail.optim import AveragedWeights, learning_rate, set_learning_rate
+from vitrail.optim import AveragedWeights, head_steps, learning_rate, let_learn, set_learning_rate
 from vitrail.parallel import mean_statistics
 
 
@@ -27,6 +27,7 @@ class Learner(ABC):
     scaler: torch.amp.GradScaler
     """Loss scaling for fp16; passes everything through in other precisions."""
     optim: OptimConfig
+    _head_alone = False
 
     @abstractmethod
     def step(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -57,10 +58,25 @@ class Learner(ABC):
         return None
 
     def schedule(self, step: int, total: int) -> float:
-        """Set and return the learning rate of update `step` of `total`."""
+        """Set and return the learning rate of update `step` of `total`, and say what learns in it.
+
+        Both follow from `step` alone, so a run that goes on from a checkpoint needs to know no more.
+        """
+        alone = step < head_steps(self.optim, total)
+        if alone != self._head_alone:
+            self._head_alone = alone
+            self.let_learn(head_only=alone)
         rate = learning_rate(self.optim, step, total)
         set_learning_rate(self.optimizers.values(), rate)
         return rate
+
+    def let_learn(self, *, head_only: bool) -> None:
+        """Say what learns from here on.
+
+        A learner with replicas (`parallel.replicate`) makes new ones here: in every update, DistributedDataParallel
+        waits for the gradients that were asked for when it was made.
+        """
+        let_learn(self.model, head_only=head_only)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the next step depends on, besides the data and the random generators."""

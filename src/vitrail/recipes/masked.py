@@ -239,8 +239,10 @@ def _plain_vit(model: ImageModel, optim: OptimConfig) -> ViT:
     rows, columns = model.config.grid_at(model.preprocessing.image_size)
     if rows * columns < 2:
         raise UserError("masked pre-training needs pictures of at least two patches; lower --model.patch-size.")
-    if optim.train == "head":
-        raise UserError("masked pre-training trains the body and has no head; leave out --optim.train head.")
+    if optim.train == "head" or optim.head_first:
+        raise UserError(
+            "masked pre-training trains the body and has no head; leave out --optim.train head and --optim.head-first."
+        )
     return model
 
 

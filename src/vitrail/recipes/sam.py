@@ -62,10 +62,12 @@ class SamLearner(SupervisedLearner):
         super().__init__(
             model, recipe, optim, augment=augment, class_counts=class_counts, device=device, precision=precision
         )
-        self._replica = self.model  # lets go of DistributedDataParallel and its copy of the gradient
         self._sam = recipe
         self._rho = recipe.rho
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def _replicated(self) -> nn.Module:
+        return self.model  # without DistributedDataParallel and its copy of the gradient
 
     def schedule(self, step: int, total: int) -> float:
         """Set and return the learning rate of update `step` of `total`; the radius of GSAM goes along."""

@@ -6,7 +6,6 @@ from typing import final
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.config.run import OptimConfig, SupervisedConfig
@@ -14,16 +13,15 @@ from vitrail.config.semantic import SemanticConfig
 from vitrail.data.augment import Augment
 from vitrail.data.base import Batch
 from vitrail.data.class_tree import read_class_tree
-from vitrail.data.view import denormalise, normalise
 from vitrail.errors import UserError
 from vitrail.losses import SemanticSoftmaxLoss
 from vitrail.models.base import ImageModel, WithLoss
 from vitrail.parallel import Precision
-from vitrail.recipes.supervised import SupervisedLearner
+from vitrail.recipes.teacher import TaughtLearner
 
 
 @final
-class SemanticLearner(SupervisedLearner):
+class SemanticLearner(TaughtLearner):
     """Semantic softmax on a class tree, from labels and, if wanted, a teacher.
 
     Superclasses that are not classes of the data, as all of CIFAR-100's, need outputs to learn: while it trains, the
@@ -74,26 +72,18 @@ class SemanticLearner(SupervisedLearner):
             class_counts=class_counts,
             device=device,
             precision=precision,
+            teacher=teacher,
         )
         self._semantic = SemanticSoftmaxLoss(tree, recipe.label_smoothing, deepest=recipe.deepest).to(device)
         self._right, self._pairs = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-        self._teacher = teacher
         if teacher is not None:
-            _require_same_classes(model, teacher)
-            self._teacher = teacher.to(device).eval().requires_grad_(False)
             own = tree.for_classes(model.labels, ancestors=False)
             self._taught = SemanticSoftmaxLoss(own, deepest=recipe.deepest or len(own) < len(tree)).to(device)
 
     def step(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         self._right.zero_()
         self._pairs.zero_()
-        # For the update alone: the model is evaluated and copied in between, without its teacher.
-        hook = self._replica.register_forward_pre_hook(self._ask_teacher) if self._teacher else None
-        try:
-            scalars = super().step(micro_batches)
-        finally:
-            if hook is not None:
-                hook.remove()
+        scalars = super().step(micro_batches)
         return scalars | {"semantic_top1": self._right / self._pairs.clamp(min=1)}
 
     @contextmanager
@@ -126,13 +116,6 @@ class SemanticLearner(SupervisedLearner):
             loss = loss + self._taught.distill(logits[:, : self.model.config.num_classes], self._wanted)
         return loss if own is None else loss + pictures * own
 
-    def _ask_teacher(self, student: nn.Module, arguments: tuple[Float[Tensor, "b c h w"]]) -> None:
-        """Note what the teacher says of the pictures that the student is about to see, in the teacher's colours."""
-        assert self._teacher is not None
-        with torch.no_grad():
-            levels = denormalise(arguments[0], self.model.preprocessing)
-            self._wanted: Tensor = self._teacher(normalise(levels, self._teacher.preprocessing))
-
 
 def _require_one_label(model: ImageModel, augment: Augment) -> None:
     if model.multi_label:
@@ -140,19 +123,6 @@ def _require_one_label(model: ImageModel, augment: Augment) -> None:
     if augment.config.mixup or augment.config.cutmix:
         raise UserError(
             "semantic softmax learns from whole labels, not from mixed ones: set --augment.mixup 0 --augment.cutmix 0."
-        )
-
-
-def _require_same_classes(model: ImageModel, teacher: ImageModel) -> None:
-    if teacher.labels != model.labels:
-        raise UserError(
-            f"the teacher answers with {len(teacher.labels)} classes, which are not the data's {len(model.labels)} in "
-            "their order; train or adapt it on this data."
-        )
-    if teacher.preprocessing.channels != model.preprocessing.channels:
-        raise UserError(
-            f"the teacher reads pictures of {teacher.preprocessing.channels} channels, the model of "
-            f"{model.preprocessing.channels}; set --model.channels to the teacher's."
         )
 
 

@@ -44,7 +44,17 @@ class SupervisedLearner(Learner):
         self._class_weights = None
         if recipe.class_weights == "auto":
             self._class_weights = torch.from_numpy(inverse_frequency(class_counts)).to(device)
-        self._replica = replicate(model, device)
+        self._replica: nn.Module = self._replicated()
+
+    def let_learn(self, *, head_only: bool) -> None:
+        super().let_learn(head_only=head_only)
+        # The old replica goes first: its hooks on the weights would still wait for gradients that no longer come.
+        self._replica = self.model
+        self._replica = self._replicated()
+
+    def _replicated(self) -> nn.Module:
+        """Return the module to call in training, that averages gradients over processes if there are several."""
+        return replicate(self.model, self._device)
 
     def step(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         optimizer = self.optimizers["model"]

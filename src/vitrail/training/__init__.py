@@ -15,6 +15,7 @@ from vitrail.config.run import RunConfig
 from vitrail.errors import UserError
 from vitrail.parallel import pick_precision, processes, rank, world_size
 from vitrail.training.callbacks import Callback, TensorBoard
+from vitrail.training.finding import find_settings, is_out_of_memory
 from vitrail.training.folder import RunFolder
 from vitrail.training.loop import Loop
 from vitrail.training.setup import Parts, assemble, open_run_data, resolve_length
@@ -61,14 +62,18 @@ def run_training(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunRe
         precision = pick_precision(wanted.loop.precision, device)
         parts = assemble(wanted, open_run_data(wanted), device, precision)
         # 3. Measured and derived settings are found once and kept.
-        resolved = begun or resolve_length(config, parts)
+        measurements: dict[str, Any] = {}
+        if begun is None and (wanted.find_lr or wanted.find_batch_size):
+            found = find_settings(wanted, parts, stop)
+            wanted, measurements = found.config, {"found": found.measurements}
+        resolved = begun or resolve_length(wanted, parts)
         if begun is None:
             model = parts.learner.model.config  # classes come from the data, sizes may come from `init`
             resolved = replace(resolved, model=model, loop=replace(resolved.loop, precision=precision))
         if resolved.loop.tensorboard:
             callbacks = [*callbacks, TensorBoard()]
         if begun is None:
-            folder.begin(config, resolved, _facts(parts))
+            folder.begin(config, resolved, _facts(parts) | measurements)
         # 4. The newest good checkpoint, if any.
         loop = Loop(resolved, parts, folder, stop, callbacks)
         state = folder.load_state()
@@ -90,6 +95,7 @@ def _facts(parts: Parts) -> dict[str, Any]:
             "fingerprint": parts.fingerprint,
             "classes": len(data.train.classes),
             "train": len(data.train),
+            "unlabelled": len(data.unlabelled) if data.unlabelled is not None else 0,
             "val": len(data.val) if data.val is not None else 0,
             "test": len(data.test) if data.test is not None else 0,
         },
@@ -123,10 +129,7 @@ class _memory_advice:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, problem: BaseException | None, trace: object) -> None:
-        # torch has no type of its own for a full CPU, and other words for it on Windows than elsewhere.
-        words = ("not enough memory", "can't allocate memory")
-        cpu = isinstance(problem, RuntimeError) and any(part in str(problem) for part in words)
-        if cpu or isinstance(problem, torch.OutOfMemoryError | MemoryError):
+        if is_out_of_memory(problem):
             raise UserError(
                 "out of memory. Halve --loop.batch-size, or keep it and double --loop.accumulation; "
                 "a smaller model or --model.image-size helps too."

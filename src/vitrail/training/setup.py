@@ -4,20 +4,30 @@ import copy
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from vitrail.checkpoints import adapt, load_model
 from vitrail.checkpoints.adapt import with_overrides
 from vitrail.config.masked import MaskedConfig
+from vitrail.config.meta_pseudo_labels import MetaPseudoLabelsConfig
 from vitrail.config.preprocessing import Preprocessing
 from vitrail.config.run import RunConfig
 from vitrail.data import open_data
-from vitrail.data.base import Splits
+from vitrail.data.base import Source, Splits
+from vitrail.data.few_labels import with_few_labels
+from vitrail.data.paired import PairedStream
 from vitrail.data.stream import Stream
-from vitrail.errors import UserError
+from vitrail.data.view import evaluation_view
+from vitrail.errors import BrokenPicture, UserError
 from vitrail.models import ImageModel, build
+from vitrail.optim import head_steps
 from vitrail.parallel import Precision, any_process, gather_objects, rank, world_size
 from vitrail.recipes import Learner, build_learner
 
@@ -26,8 +36,10 @@ log = logging.getLogger("vitrail")
 # Fewer pictures than this do not teach a large plain ViT from scratch what pretraining does (ViT paper, figure 4).
 FROM_SCRATCH_PICTURES = 100_000
 LARGE_MODEL_PARAMETERS = 5_000_000
+FIT_PICTURES = 512  # as many as a model may ask for before the first update
 # What a run says of a model whose weights it starts from: no tensor depends on it.
-OF_THE_RUN = ("dropout", "drop_path", "frozen_norm")
+OF_THE_RUN = ("dropout", "drop_path", "expert_dropout", "train_capacity_factor", "frozen_norm")
+TRIAL_RUN = 1000  # updates of the run that a trial pretends to be of
 
 
 @dataclass
@@ -41,6 +53,8 @@ class Parts:
     precision: Precision
     fingerprint: str
     """Of the training pictures; hashed once, for every model folder and the check on resuming ask for it."""
+    teacher: ImageModel | None = None
+    """The model whose answers are learned from, where the recipe names one; read once, for trials learn from it too."""
 
 
 def open_run_data(config: RunConfig) -> Splits:
@@ -51,13 +65,20 @@ def open_run_data(config: RunConfig) -> Splits:
     """
     if config.data is None:
         raise UserError("no data: name a folder of pictures, a CSV manifest or a CIFAR or IDX folder with --data.")
-    return open_data(
+    data = open_data(
         config.data,
         channels=config.model.channels,
         val=config.input.val,
         val_fraction=config.input.val_fraction,
         seed=config.seed,
         labelled=not isinstance(config.recipe, MaskedConfig),
+    )
+    return with_few_labels(
+        data,
+        config.input,
+        channels=config.model.channels,
+        seed=config.seed,
+        learns_unlabelled=isinstance(config.recipe, MetaPseudoLabelsConfig),
     )
 
 
@@ -84,12 +105,25 @@ def build_model(config: RunConfig, data: Splits) -> ImageModel:
         crop_fraction=settings.crop_fraction,
         interpolation=settings.interpolation,
         # What the weights were trained with beats what the preset would have chosen.
-        mean=pretrained.mean if config.init else settings.mean,
-        std=pretrained.std if config.init else settings.std,
+        mean=pretrained.mean if config.init and not settings.renormalise else settings.mean,
+        std=pretrained.std if config.init and not settings.renormalise else settings.std,
     )
     model.labels = classes
     model.multi_label = data.train.multi_label
+    if config.init is None:
+        model.fit_input(lambda: some_views(data.train, model.preprocessing))
     return model
+
+
+def some_views(source: Source, preprocessing: Preprocessing) -> Float[Tensor, "b c h w"]:
+    """Return some hundred pictures from all over a source as evaluation sees them; unreadable ones are passed over."""
+    views: list[Tensor] = []
+    for index in range(0, len(source), -(-len(source) // FIT_PICTURES)):
+        with suppress(BrokenPicture):
+            views.append(evaluation_view(source.load(index), preprocessing))
+    if not views:
+        raise UserError(f"none of the first {FIT_PICTURES} training pictures can be read; `vitrail check` names them.")
+    return torch.stack(views)
 
 
 def warn_from_scratch(model: ImageModel, pictures: int) -> None:
@@ -106,36 +140,70 @@ def warn_from_scratch(model: ImageModel, pictures: int) -> None:
 
 def assemble(config: RunConfig, data: Splits, device: torch.device, precision: Precision) -> Parts:
     """Return learner and stream of a run with resolved settings."""
-    torch.manual_seed(config.seed)
-    model = build_model(config, data)
-    learner = _learner(config, model, data, device, precision)
-    # Ranks share the initial weights but draw dropout apart.
-    torch.manual_seed(config.seed + rank())
-    return Parts(data, learner, open_stream(config, data, learner), device, precision, data.train.fingerprint())
-
-
-def _learner(config: RunConfig, model: ImageModel, data: Splits, device: torch.device, precision: Precision) -> Learner:
     source = getattr(config.recipe, "teacher", None)
     teacher = load_model(source) if source is not None else None
+    learner, stream = _begin(config, data, device, precision, teacher)
+    return Parts(data, learner, stream, device, precision, data.fingerprint(), teacher)
+
+
+def begin_again(config: RunConfig, parts: Parts) -> None:
+    """Put learner and stream in place as `assemble` makes them, for settings that have changed since."""
+    parts.stream.close()
+    parts.learner, parts.stream = _begin(config, parts.data, parts.device, parts.precision, parts.teacher)
+
+
+def _begin(
+    config: RunConfig, data: Splits, device: torch.device, precision: Precision, teacher: ImageModel | None
+) -> tuple[Learner, Stream]:
+    torch.manual_seed(config.seed)
+    model = build_model(config, data)
     counts = data.train.class_counts()
-    return build_learner(config, model, class_counts=counts, device=device, precision=precision, teacher=teacher)
+    learner = build_learner(config, model, class_counts=counts, device=device, precision=precision, teacher=teacher)
+    # Ranks share the initial weights but draw dropout apart.
+    torch.manual_seed(config.seed + rank())
+    return learner, open_stream(config, data, learner)
+
+
+@contextmanager
+def trial(config: RunConfig, parts: Parts) -> Iterator[tuple[Learner, Stream]]:
+    """Lend a learner of copies, and a stream of its own from the start, to be measured and thrown away.
+
+    The run itself is not touched: its weights, data position and random generators stay as they were.
+    """
+    generators = random_state()
+    learner = build_learner(
+        config,
+        copy.deepcopy(parts.learner.model),
+        class_counts=parts.data.train.class_counts(),
+        device=parts.device,
+        precision=parts.precision,
+        teacher=parts.teacher,
+    )
+    stream = open_stream(config, parts.data, learner)
+    try:
+        yield learner, stream
+    finally:
+        stream.close()
+        restore_random_state(generators)
 
 
 def open_stream(config: RunConfig, data: Splits, learner: Learner) -> Stream:
     """Return the training stream of this process, at its start."""
-    return Stream(
-        data.train,
-        preprocessing=learner.model.preprocessing,
-        augment=config.augment,
-        batch_size=config.loop.batch_size,
-        seed=config.seed,
-        accumulation=config.loop.accumulation,
-        workers=config.input.workers,
-        balanced=config.input.balanced,
-        max_broken=config.input.max_broken,
-        rank=rank(),
-        world=world_size(),
-    )
+    settings: dict[str, Any] = {
+        "preprocessing": learner.model.preprocessing,
+        "augment": config.augment,
+        "batch_size": config.loop.batch_size,
+        "seed": config.seed,
+        "accumulation": config.loop.accumulation,
+        "workers": config.input.workers,
+        "balanced": config.input.balanced,
+        "max_broken": config.input.max_broken,
+        "rank": rank(),
+        "world": world_size(),
+    }
+    if isinstance(config.recipe, MetaPseudoLabelsConfig) and data.unlabelled is not None:
+        return PairedStream(data.train, data.unlabelled, ratio=config.recipe.unlabelled_ratio, **settings)
+    return Stream(data.train, **settings)
 
 
 def resolve_length(config: RunConfig, parts: Parts) -> RunConfig:
@@ -163,30 +231,36 @@ def resolve_length(config: RunConfig, parts: Parts) -> RunConfig:
 
 
 def seconds_per_step(config: RunConfig, parts: Parts, trial_seconds: float = 5.0) -> float:
-    """Measure one update on throwaway copies, with its share of the run's ten evaluations; the slowest process counts.
+    """Measure one update in a trial, with its share of the run's ten evaluations; the slowest process counts.
 
-    The run itself is not touched: its weights, data position and random generators stay as they were.
+    Where the head learns alone at first, that is measured for itself: it is cheaper than the rest.
     """
-    generators = random_state()
-    trial = _learner(config, copy.deepcopy(parts.learner.model), parts.data, parts.device, parts.precision)
-    stream = open_stream(config, parts.data, trial)
-    trial.schedule(0, 1)
-    for _ in range(3):
-        trial.step(next(stream))["loss"].item()
-    began, steps = time.perf_counter(), 0
-    # Asked of all: a process that left the loop a step early would leave the others waiting for its gradients.
-    while steps < 50 and any_process(time.perf_counter() - began < trial_seconds, parts.device):
-        trial.step(next(stream))["loss"].item()
-        steps += 1
-    step_seconds = (time.perf_counter() - began) / steps
-    stream.close()
-    restore_random_state(generators)
+    alone = head_steps(config.optim, TRIAL_RUN)
+    with trial(config, parts) as (learner, stream):
+        learner.schedule(alone, TRIAL_RUN)
+        step_seconds = _measured(learner, stream, parts.device, trial_seconds)
+        if alone:
+            learner.schedule(0, TRIAL_RUN)
+            head_seconds = _measured(learner, stream, parts.device, trial_seconds)
+            step_seconds += (head_seconds - step_seconds) * alone / TRIAL_RUN
     # An evaluation costs about a third of training per picture: forward without backward.
     val = len(parts.data.val) if parts.data.val is not None else 0
     evaluation_seconds = 11 * val / config.loop.batch_size * step_seconds / 3
     budget = 60 * (config.minutes or 1.0)
     share = max(0.1, 1 - evaluation_seconds / budget)
     return max(float(s) for s in gather_objects(step_seconds / share))  # pyright: ignore[reportArgumentType]
+
+
+def _measured(learner: Learner, stream: Stream, device: torch.device, trial_seconds: float) -> float:
+    """Return the seconds of an update as the schedule has set it."""
+    for _ in range(3):
+        learner.step(next(stream))["loss"].item()
+    began, steps = time.perf_counter(), 0
+    # Asked of all: a process that left the loop a step early would leave the others waiting for its gradients.
+    while steps < 50 and any_process(time.perf_counter() - began < trial_seconds, device):
+        learner.step(next(stream))["loss"].item()
+        steps += 1
+    return (time.perf_counter() - began) / steps
 
 
 def random_state() -> dict[str, torch.Tensor]:
