@@ -1,7 +1,4 @@
-"""Every preset builds, learns for two steps on pictures of its own kind, and leaves a usable model.
-
-And the command line puts another model, or other weights, in its place as it was told to.
-"""
+"""Fine-tuning starts from weights; the command line puts another model, or other weights, in as it was told to."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,26 +10,11 @@ import torch
 from vitrail.checkpoints import load_model, save_model
 from vitrail.checkpoints.packages import packaged_weights
 from vitrail.cli import main
-from vitrail.config.efficientnet import EfficientNetConfig
 from vitrail.config.model import model_config
 from vitrail.config.run import RunConfig
 from vitrail.models import build, create_model
-from vitrail.presets import PRESETS, preset
+from vitrail.presets import PRESETS, preset, tiny
 from vitrail.training import run_training
-
-
-def shrunk(config: RunConfig, data: Path, out: Path) -> RunConfig:
-    """A preset at two steps of two pictures; the pictures of its model keep their size."""
-    model = config.model
-    shallow = {"depths": (1,) * 7, "widths": (8,) * 7} if isinstance(model, EfficientNetConfig) else {"depth": 1}
-    return replace(
-        config,
-        data=str(data),
-        out=str(out),
-        loop=replace(config.loop, batch_size=2, steps=2),
-        model=replace(model, **shallow),
-        input=replace(config.input, val_fraction=0.3),
-    )
 
 
 @pytest.fixture
@@ -47,23 +29,9 @@ def pictures(tmp_path: Path):
     return write
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_run(name: str, pictures, tmp_path: Path) -> None:
-    chosen = preset(name)
-    config = shrunk(
-        chosen.config, pictures(chosen.config.model.channels, chosen.config.model.image_size), tmp_path / "run"
-    )
-    if config.init is not None:
-        save_model(build(config.model), tmp_path / "weights")
-        config = replace(config, init=str(tmp_path / "weights"))
-    run_training(config)
-    model = load_model(tmp_path / "run" / "best")
-    size = chosen.config.model.image_size
-    assert torch.isfinite(model(torch.zeros(1, config.model.channels, *size))).all()
-
-
 def test_fine_tuning_takes_grey_pictures(pictures, tmp_path: Path) -> None:
-    config = shrunk(preset("finetune").config, pictures(1, (32, 32)), tmp_path / "run")
+    config = tiny(preset("finetune").config)
+    config = replace(config, data=str(pictures(1, (32, 32))), out=str(tmp_path / "run"))
     save_model(build(config.model), tmp_path / "weights")
     grey = replace(config.model, channels=1, image_size=(32, 32))
     run_training(replace(config, init=str(tmp_path / "weights"), model=grey))
@@ -109,7 +77,10 @@ def test_a_model_takes_the_place_of_the_presets_and_flags_refine_it(monkeypatch,
 
 
 def test_a_model_reads_the_pictures_that_its_preset_reads(monkeypatch) -> None:
-    assert started(monkeypatch, "demo", "--model", "ViT-B/16").model == model_config("vit-b16", channels=1)
+    photos = preset("photos")
+    grey = replace(photos, config=replace(photos.config, model=replace(photos.config.model, channels=1)))
+    monkeypatch.setitem(PRESETS, "grey", grey)
+    assert started(monkeypatch, "grey", "--model", "ViT-B/16").model == model_config("vit-b16", channels=1)
 
 
 @pytest.mark.parametrize(

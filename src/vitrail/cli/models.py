@@ -17,18 +17,19 @@ def models(
     leaderboard: bool = False,
     json: bool = False,
 ) -> int:
-    """List the published sizes, or show one.
+    """List the models that come with their weights and the published sizes, or show one.
 
     Args:
         name: A model name or leaderboard alias; all when left out.
         leaderboard: Show the ten systems of the leaderboards: what was published, and what has been verified here.
         json: Print one JSON document on stdout.
     """
+    from vitrail.weights import weights_at_hand
     from vitrail.zoo import describe
 
     if leaderboard:
         return _leaderboard(json=json)
-    rows = [describe(each) for each in ([name] if name else vitrail.list_models())]
+    rows = [describe(each) for each in ([name] if name else [*weights_at_hand(), *vitrail.list_models()])]
     if json:
         return print_json(rows)
     table = Table(

@@ -28,7 +28,7 @@ def evaluate(
 
     Args:
         model: Model folder or weight file.
-        data: Folder of pictures, CSV manifest, CIFAR or IDX folder, .npz, or fashion-mnist (embedded).
+        data: Folder of pictures, CSV manifest, CIFAR or IDX folder, .npz, or clothing (embedded).
         split: Part to evaluate: train, val or test; default: test where there is one, else val.
         real: For ImageNet's validation pictures, the file real.json with their reassessed labels.
         calibrate: Save the model, its logits divided by the temperature that fits these pictures, to this folder;

@@ -56,7 +56,7 @@ def probe(model: Model, data: Data, *, features: Path | None = None, workers: in
 
     Args:
         model: Model folder or weight file; its head is not asked.
-        data: Folder of pictures, CSV manifest, CIFAR or IDX folder, .npz, or fashion-mnist (embedded).
+        data: Folder of pictures, CSV manifest, CIFAR or IDX folder, .npz, or clothing (embedded).
         features: Keep the features in this .npz file, and take them from it when it exists.
         workers: Decoding threads.
         json: Print one JSON document on stdout.

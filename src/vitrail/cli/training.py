@@ -3,64 +3,70 @@
 import json as json_module
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from vitrail.cli.console import Console, print_json, two_columns
+from vitrail.cli.console import Console, print_json
 from vitrail.config.efficientnet import EfficientNetConfig
 from vitrail.config.model import model_config
-from vitrail.config.run import RunConfig
-from vitrail.errors import UserError
+from vitrail.config.recipes import LossConfig
+from vitrail.config.run import RECIPES, RunConfig
+from vitrail.errors import UserError, did_you_mean
 
 
 def demo(*, out: Path | None = None, seed: int = 0, json: bool = False) -> int:
-    """Train a small ViT on embedded pictures, compare it with logistic regression, write a report.
+    """Show what pre-training is worth: fine-tune a small ViT on embedded photos, beside two rivals, and report.
+
+    The rivals learn from the same pictures: the same model from scratch, and logistic regression on pixels.
 
     Args:
         out: Folder for the run and its report; default: demo, or demo-2 and so on when that exists.
         seed: Of everything random.
         json: Print one JSON document on stdout.
     """
-    from vitrail.demo import run_demo
+    from vitrail.demo import FINE_TUNED, run_demo
     from vitrail.prediction import top_classes
     from vitrail.training.callbacks import TerminalProgress
 
     result = run_demo(out or fresh_folder(Path("demo"))[1], seed=seed, callbacks=(TerminalProgress(),))
-    metrics, report = result.evaluation.metrics(), result.folder / "report.html"
+    evaluation, report = result.evaluation, result.folder / "report.html"
+    results: list[dict[str, Any]] = [{"name": FINE_TUNED, **evaluation.metrics()}, *result.others]
     if json:
-        answer = {"report": str(report), "seconds": round(result.seconds, 1), **metrics, "baseline": result.baseline}
-        return print_json(answer)
-    console = Console()
+        return print_json({"report": str(report), "seconds": round(result.seconds, 1), "results": results})
+    console = Console(highlight=False)
     table = Table("picture", "is", "the model says", title="Ten of the test pictures", title_justify="left")
-    evaluation, shares = result.evaluation, result.evaluation.probabilities()
-    for i in range(0, len(evaluation.names), max(1, len(evaluation.names) // 10)):
+    shares = evaluation.probabilities()
+    for i in range(0, len(evaluation), max(1, len(evaluation) // 10)):
         truth = evaluation.labels[int(evaluation.targets[i])]
         guess = ", ".join(f"{label} {share:.0%}" for label, share in top_classes(shares[i], evaluation.labels, 2))
         table.add_row(*map(Text, (evaluation.names[i], truth, guess)))
     console.print(table)
-    console.print(
-        f"Vision Transformer             {metrics['top1']:.2%} of {len(evaluation.names)} test pictures right"
+    table = Table(
+        "", Column("right", justify="right"), title=f"Of {len(evaluation)} test pictures", title_justify="left"
     )
-    console.print(f"{result.baseline['name']}  {result.baseline['top1']:.2%}")
-    console.print(f"Took {result.seconds:.0f} s. The report: {report.resolve()}")
+    for each in results:
+        table.add_row(Text(each["name"]), f"{each['top1']:.1%}")
+    console.print(table)
+    console.print(f"Took {result.seconds:.0f} s. The report: {report.resolve()}", soft_wrap=True, markup=False)
     return 0
 
 
 def train(arguments: Sequence[str]) -> int:
     """Train or fine-tune: `vitrail train PRESET --data PATH`."""
-    from vitrail.presets import PRESETS, preset
+    from vitrail.cli.presets import list_presets, show_preset
+    from vitrail.presets import PRESETS, preset_name
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        return _list_presets(PRESETS)
-    name, flags = arguments[0], list(arguments[1:])
-    chosen = preset(name)
-    description = f"{chosen.purpose[:1].upper()}{chosen.purpose[1:]}. {chosen.measured}".strip()
-    start = _with_model(chosen.config, model=_take_out(flags, "--model"), init=_given(flags, "--init"))
+    if not arguments or arguments[0].startswith("-"):
+        return list_presets(arguments)
+    name, flags = preset_name(arguments[0]), list(arguments[1:])
+    chosen = PRESETS[name]
+    start = _with_recipe(chosen.config, _take_out(flags, "--recipe"))
+    start = _with_model(start, model=_take_out(flags, "--model"), init=_given(flags, "--init"))
 
     def run(
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = start,
@@ -73,11 +79,13 @@ def train(arguments: Sequence[str]) -> int:
             )
         return _train(replace(config, out=config.out or str(_run_folder(name, config.resume))), json=json)
 
+    if {"-h", "--help"} & {*flags}:
+        show_preset(name)  # tyro would not wrap it
     return tyro.cli(
         run,
         args=flags,
         prog=f"vitrail train {name}",
-        description=f"{description} --model NAME puts a model of `vitrail models` in place of the preset's.",
+        description="",
         config=(tyro.conf.AvoidSubcommands,),
     )
 
@@ -108,6 +116,27 @@ def _with_model(config: RunConfig, *, model: str | None, init: str | None) -> Ru
     return config
 
 
+def _with_recipe(config: RunConfig, name: str | None) -> RunConfig:
+    """Return a preset's settings with the recipe that `--recipe` names, for `--recipe.*` to refine.
+
+    What both recipes have from `LossConfig` stays as the preset has it, and so does its own recipe, when it is named.
+
+    Raises:
+        UserError: When there is none of that name.
+    """
+    if name is None:
+        return config
+    if name not in RECIPES:
+        raise UserError(
+            f"there is no recipe named {name!r}.{did_you_mean(name, RECIPES)} There are {', '.join(RECIPES)}."
+        )
+    kind = RECIPES[name]
+    if isinstance(config.recipe, kind):
+        return config
+    shared = fields(LossConfig) if isinstance(config.recipe, LossConfig) and issubclass(kind, LossConfig) else ()
+    return replace(config, recipe=kind(**{field.name: getattr(config.recipe, field.name) for field in shared}))
+
+
 def _given(flags: Sequence[str], name: str) -> str | None:
     """Return the value of a flag, the last where it stands several times."""
     return _take_out(list(flags), name)
@@ -126,17 +155,6 @@ def _take_out(flags: list[str], name: str) -> str | None:
         value = found if value is None else value
         del flags[i : i + 1 if equals else i + 2]
     return value
-
-
-def _list_presets(presets: dict[str, Any]) -> int:
-    console = Console()
-    console.print(
-        "vitrail train PRESET --data PATH [--out DIR] [--resume] [--init WEIGHTS] [--model NAME] [--minutes N] ...\n",
-        markup=False,
-    )
-    console.print(two_columns({name: each.purpose for name, each in presets.items()}))
-    console.print("\n`vitrail train PRESET --help` lists every setting.", markup=False)
-    return 0
 
 
 def _train(config: RunConfig, *, json: bool) -> int:

@@ -1,0 +1,98 @@
+"""A preset in words: where it is from, what it reached, and which settings it has."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, cast
+
+from vitrail.config.distillation import DistillationConfig
+from vitrail.config.meta_pseudo_labels import MetaPseudoLabelsConfig
+from vitrail.config.model import MODELS, ModelConfig
+from vitrail.config.run import RECIPES, RunConfig
+from vitrail.presets.base import Preset
+
+STRUCTURE = {
+    "patch_size", "stem", "width", "depth", "mlp_dim", "heads", "widths", "depths", "mlp_dims", "stem_width",
+    "head_width", "head_dim", "mbconv_before_s3", "moe_layers", "experts",
+}  # fmt: skip
+"""What makes a model's size, in any family; all else is the run's to choose."""
+
+
+def sentence(text: str) -> str:
+    """Return a text with a capital in front and a full stop behind."""
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
+def told(preset: Preset) -> dict[str, str]:
+    """Return what is known of a preset, a sentence or more under each heading that has any."""
+    texts = {
+        "Source": preset.source,
+        "Published": preset.published,
+        "Measured": measured(preset),
+        "Cost": preset.cost,
+        "Departs from its source": preset.departs,
+        "On the leaderboard": preset.alias or "",
+    }
+    return {heading: sentence(text) for heading, text in texts.items() if text}
+
+
+def measured(preset: Preset) -> str:
+    """Return what we measured, without the word for it."""
+    return preset.measured.removeprefix("Measured: ")
+
+
+def command(name: str, preset: Preset) -> str:
+    """Return how to run a preset; words in capitals are the user's to fill in."""
+    config = preset.config
+    wanted = {
+        "--data PATH": config.data is None,
+        "--init WEIGHTS": preset.needs_init and config.init is None,
+        "--input.unlabelled PATH": isinstance(config.recipe, MetaPseudoLabelsConfig)
+        and config.input.labelled is None
+        and config.input.unlabelled is None,
+        "--recipe.teacher MODEL": isinstance(config.recipe, DistillationConfig) and config.recipe.teacher is None,
+    }
+    return " ".join(["vitrail train", name, *(flag for flag, is_wanted in wanted.items() if is_wanted)])
+
+
+def model_name(config: ModelConfig) -> str | None:
+    """Return the published size that a model is a variant of (`vitrail models`), None where it is of none."""
+
+    def differing(size: ModelConfig) -> set[str]:
+        return {field.name for field in fields(config) if getattr(size, field.name) != getattr(config, field.name)}
+
+    same = {name: differing(size) for name, size in MODELS.items() if type(size) is type(config)}
+    same = {name: other for name, other in same.items() if not other & STRUCTURE}
+    return min(same, key=lambda name: len(same[name]), default=None)
+
+
+def settings(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield the flags, without hyphens in front, and the values of what is not as it would be without being told.
+
+    That is, for a model, as its published size has it, and as its recipe has it by itself.
+    """
+    name = model_name(config.model)
+    if name is not None:
+        yield "model", name
+    yield from _changes(config.model, type(config.model)() if name is None else MODELS[name], "model.")
+    yield "recipe", next(name for name, kind in RECIPES.items() if type(config.recipe) is kind)
+    yield from _changes(config.recipe, type(config.recipe)(), "recipe.")
+    default = RunConfig()
+    yield from _changes(replace(config, model=default.model, recipe=default.recipe), default, "")
+
+
+def _changes(config: Any, default: Any, where: str) -> Iterator[tuple[str, str]]:
+    for field in fields(config):
+        value, usual = getattr(config, field.name), getattr(default, field.name)
+        flag = f"{where}{field.name.replace('_', '-')}"
+        if value == usual:
+            continue
+        if is_dataclass(value) and type(value) is type(usual):
+            yield from _changes(value, usual, f"{flag}.")
+        else:
+            yield flag, _text(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_text, cast(tuple[Any, ...], value)))
+    return str(value).removesuffix(".0")
