@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vitrail.config.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from vitrail.config.run import AugmentConfig
 from vitrail.data import open_data
-from vitrail.data.augment import Augment, cutout, erase, jitter, random_boxes, shift
+from vitrail.data.augment import Augment, cutout, erase, jitter, random_boxes, shift, training_boxes
 from vitrail.data.base import Batch
 from vitrail.data.mix import mix
 from vitrail.data.operations import brightness, color, contrast
@@ -341,6 +341,22 @@ def test_colour_pictures_for_a_grey_model_are_refused() -> None:
     for crop in ("resized", "padded", "none"):
         with pytest.raises(UserError, match="the model takes grey"):
             Augment(AugmentConfig(crop=crop), preprocessing)(batch_of(2), classes=CLASSES)
+
+
+class OnMps(torch.Tensor):
+    """Keys that say they are on MPS, which has no fp64."""
+
+    device = torch.device("mps")  # pyright: ignore
+
+
+def test_boxes_at_a_random_place_need_no_fp64_on_mps(monkeypatch) -> None:
+    monkeypatch.setattr("vitrail.data.augment.uniform", lambda keys, draw: torch.full((2,), 0.5))
+    sizes, config = (torch.tensor([40, 90]), torch.tensor([60, 70])), AugmentConfig(crop="random")
+    keys = torch.arange(2)
+    boxes, exact = (training_boxes(each, *sizes, config, SIZE_32) for each in (keys.as_subclass(OnMps), keys))
+    assert boxes.dtype == torch.float32
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(boxes.double(), exact)
 
 
 def test_extreme_pictures_and_crops_still_become_the_models_size() -> None:

@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitrail.checkpoints import convert, load_model, save_model
+from vitrail.config.preprocessing import Preprocessing
 from vitrail.config.run import InputConfig, RunConfig
 from vitrail.config.vit import ConvStem, ViTConfig
 from vitrail.data.arrays import ArraySource
 from vitrail.data.base import Splits
-from vitrail.errors import UserError
+from vitrail.errors import BrokenPicture, UserError
 from vitrail.layers.attention import attend
-from vitrail.layers.conv_stem import ConvStem as Convolutions
+from vitrail.layers.conv_stem import ConvolutionalStem
 from vitrail.models import ViT, build
-from vitrail.training.setup import build_model
+from vitrail.training.setup import build_model, some_views
 
 TINY = ViTConfig(
     image_size=(32, 24), patch_size=(1, 1), stem=ConvStem(widths=(8, 12)), num_classes=5, width=16, depth=1, mlp_dim=24,
@@ -37,7 +38,7 @@ def smooth(count: int = 64, channels: int = 3) -> Tensor:
 
 
 def test_whitened_pixels_are_uncorrelated_and_of_variance_one() -> None:
-    stem = Convolutions(3, 24, [8])
+    stem = ConvolutionalStem(3, 24, [8])
     stem.init_weights()
     images = smooth()
     stem.whiten(images)
@@ -51,7 +52,7 @@ def test_whitened_pixels_are_uncorrelated_and_of_variance_one() -> None:
 
 
 def test_filters_beyond_the_directions_of_grey_pictures_stay_as_they_were() -> None:
-    stem = Convolutions(1, 24, [8])
+    stem = ConvolutionalStem(1, 24, [8])
     stem.init_weights()
     before = stem.whitening.clone()
     stem.whiten(smooth(channels=1))
@@ -62,7 +63,7 @@ def test_filters_beyond_the_directions_of_grey_pictures_stay_as_they_were() -> N
 @pytest.mark.parametrize("side", [3, 4, 5, 8, 31, 32, 33, 65])
 def test_features_are_counted_as_the_convolutions_make_them(side: int) -> None:
     config = ConvStem(widths=(4, 4) if side > 4 else (4,))
-    stem = Convolutions(3, config.filters, config.widths)
+    stem = ConvolutionalStem(3, config.filters, config.widths)
     stem.init_weights()
     assert stem(torch.randn(1, 3, side, 32)).shape[2] == config.features(side)
 
@@ -84,10 +85,21 @@ def test_a_fresh_model_whitens_the_training_pictures_as_it_sees_them() -> None:
     source = ArraySource(pixels, np.arange(40) % 5, tuple("abcde"))
     config = RunConfig(model=TINY, input=InputConfig(crop_fraction=1.0, mean=(0.4,), std=(0.3,)))
     model = build_model(config, Splits(train=source))
-    assert isinstance(model, ViT) and isinstance(model.stem, Convolutions)
+    assert isinstance(model, ViT) and isinstance(model.stem, ConvolutionalStem)
     images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - 0.4) / 0.3
     answers = F.conv2d(images, model.stem.whitening)[:, :12].transpose(0, 1).flatten(1)
     assert float((answers @ answers.T / answers.shape[1] - torch.eye(12)).abs().max()) < 2e-2
+
+
+def test_pictures_none_of_which_can_be_read_are_counted(monkeypatch) -> None:
+    source = ArraySource(np.zeros((600, 8, 8, 3), np.uint8), np.arange(600) % 5, tuple("abcde"))
+
+    def fail(index: int) -> Tensor:
+        raise BrokenPicture(f"{index} is broken")
+
+    monkeypatch.setattr(source, "load", fail)
+    with pytest.raises(UserError, match="none of the 300 training pictures tried can be read"):
+        some_views(source, Preprocessing(image_size=(8, 8)))
 
 
 def test_no_optimizer_moves_the_whitening_and_it_travels_with_the_weights(tmp_path: Path) -> None:

@@ -98,6 +98,13 @@ def test_pooling_weights_turn_tokens_into_what_the_head_sees(pool: Pool) -> None
     assert explain.patch_rollout(model, images).shape == (2, 3, 2)
 
 
+def test_half_of_what_mean_and_maximum_see_is_where_the_maxima_are() -> None:
+    model, images = tiny_vit("gap+max"), pictures()
+    tokens = model.tokens(images)
+    highest = torch.stack([torch.bincount(one.argmax(0), minlength=6) for one in tokens]) / 16
+    torch.testing.assert_close(explain.pooling_weights(model, images), (1 / 6 + highest) / 2)
+
+
 def test_rollout_follows_the_grid_of_a_picture_of_another_size() -> None:
     larger = torch.randn(1, 3, 16, 20)
     assert explain.patch_rollout(tiny_vit(), larger).shape == (1, 4, 5)

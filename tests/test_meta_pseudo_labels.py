@@ -1,6 +1,7 @@
 """Meta Pseudo Labels: the feedback is the gradient that mathematics gives, and the run around it is exact."""
 
 import itertools
+import json
 import math
 import os
 import signal
@@ -18,7 +19,9 @@ from families import TINY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import vitrail.training.setup as parts_module
 from vitrail import data as data_module
+from vitrail import parallel
 from vitrail.config.codec import from_json, to_json
 from vitrail.config.meta_pseudo_labels import MetaPseudoLabelsConfig
 from vitrail.config.preprocessing import Preprocessing
@@ -471,6 +474,28 @@ def test_in_the_end_the_averaged_student_learns_from_labels_alone() -> None:
         torch.testing.assert_close(learner.model.weight.detach().double(), average, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon", "adafactor", "adam", "rmsprop"])
+def test_fine_tuning_begins_as_in_a_run_of_its_own(optimizer: str) -> None:
+    """The student's optimizer has no memory of pseudo labels, not even of how many updates there were."""
+    optim = OptimConfig(name=optimizer, lr=1e-2, weight_decay=0.1, momentum=0.9, clip_norm=0.0)
+    recipe = replace(SHORT, finetune_steps=2, finetune_lr=1e-2)
+    torch.manual_seed(0)
+    config = TINY["vit"]
+    late = learner_of(build(config), recipe=recipe, optim=optim)
+    for step in range(8):
+        late.schedule(step, 10)
+        late.step(tiny_batches("vit", (2, 4), seed=step))
+    fresh = learner_of(build(config), recipe=recipe, optim=optim)
+    fresh.model.load_state_dict(late.model.state_dict())
+    batches = tiny_batches("vit", (4, 4), seed=9)
+    for learner in (late, fresh):
+        torch.manual_seed(7)
+        learner.schedule(8, 10)
+        learner.step(batches)
+    ours, theirs = late.model.state_dict(), fresh.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_each_gradient_is_clipped() -> None:
     learner = toy_learner(optim=replace(SGD, clip_norm=1e-3))
     start = [model.weight.detach().clone() for model in (learner.model, learner.teacher)]
@@ -505,6 +530,15 @@ def test_the_teacher_begins_elsewhere_than_its_student() -> None:
     learner = learner_of(build(TINY["vit"]))
     assert not torch.equal(learner.model.patch_embed.weight, learner.teacher.patch_embed.weight)
     assert learner.models["model"] is learner.model
+
+
+def test_a_fresh_teacher_whitens_as_its_student() -> None:
+    torch.manual_seed(0)
+    model = build(TINY["convolutional hybrid"])
+    model.fit_input(lambda: torch.randn(64, 3, *model.config.image_size))
+    learner = learner_of(model)
+    assert torch.equal(learner.teacher.stem.whitening, learner.model.stem.whitening)
+    assert not torch.equal(learner.teacher.patch_embed.weight, learner.model.patch_embed.weight)
 
 
 # --- settings ---
@@ -545,6 +579,7 @@ def test_settings_survive_json() -> None:
     ("change", "told"),
     [
         ({"augment": replace(STILL, mixup=0.2)}, r"--augment\.mixup 0"),
+        ({"augment": replace(STILL, crop="padded", size=(16, 16))}, r"--augment\.size"),
         ({"optim": replace(SGD, train="head")}, r"--optim\.train head"),
     ],
 )
@@ -797,6 +832,44 @@ def test_a_learning_rate_cannot_be_found_by_pseudo_labels(tiny_run) -> None:
         assemble(config, open_run_data(config), CPU, "fp32")
 
 
+def test_patience_does_not_go_with_a_student_that_waits(tiny_run) -> None:
+    config = mpl_run(tiny_run, "run", loop__patience=3)
+    with pytest.raises(UserError, match=r"--loop\.patience"):
+        assemble(config, open_run_data(config), CPU, "fp32")
+
+
+class StopAfterEvaluation(StopAt):
+    """Send this process a signal after the evaluation at a step."""
+
+    def metrics(self, row: dict) -> None:
+        if row["step"] == self.step_to_stop and "val" in row:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_row_of_the_log_has_updates_of_one_kind_whether_stopped_there_or_not(tiny_run) -> None:
+    """Fine-tuning begins at step 8, in the middle of a window, and tells less than what was before it."""
+    straight, often, stopped = (
+        mpl_run(tiny_run, name, loop__log_every=each) for name, each in (("straight", 3), ("often", 1), ("stopped", 3))
+    )
+    run_training(straight)
+    run_training(often)
+    with pytest.raises(Interrupted):
+        run_training(stopped, [StopAfterEvaluation(8)])
+    run_training(replace(stopped, resume=True))
+    texts = [(Path(config.out) / "metrics.jsonl").read_text() for config in (straight, often, stopped)]
+    assert texts[0] == texts[2]
+    rows, single = ([row for row in map(json.loads, text.splitlines()) if "val" not in row] for text in texts[:2])
+    assert [row["step"] for row in rows] == [3, 6, 8, 9, 10]
+    each = {row["step"]: row for row in single}
+    begin = 0
+    for row in rows:
+        window, begin = [each[step] for step in range(begin + 1, row["step"] + 1)], row["step"]
+        assert row.keys() == window[-1].keys()
+        assert (row["lr"], row["epoch"]) == (window[-1]["lr"], window[-1]["epoch"])
+        for name in row.keys() - {"step", "lr", "epoch"}:
+            assert row[name] == pytest.approx(sum(one[name] for one in window) / len(window), rel=1e-4, abs=1e-6), name
+
+
 def test_from_weights_at_hand_both_start_alike(tiny_run) -> None:
     first = mpl_run(tiny_run, "first", loop__steps=1)
     run_training(first)
@@ -805,6 +878,39 @@ def test_from_weights_at_hand_both_start_alike(tiny_run) -> None:
     student, teacher = (parts.learner.models[name].state_dict() for name in ("model", "teacher"))
     assert all(torch.equal(student[name], teacher[name]) for name in student)
     parts.stream.close()
+
+
+def test_pictures_without_labels_count_when_a_model_is_judged_too_large(tiny_run, monkeypatch, caplog) -> None:
+    """12 labelled and 36 without labels: a threshold between tells whether both are counted."""
+    monkeypatch.setattr(parts_module, "LARGE_MODEL_PARAMETERS", 1)
+    for enough, warned in ((48, False), (49, True)):
+        monkeypatch.setattr(parts_module, "FROM_SCRATCH_PICTURES", enough)
+        caplog.clear()
+        config = mpl_run(tiny_run, "run")
+        parts_module.build_model(config, open_run_data(config))
+        assert ("from scratch on 48 pictures" in caplog.text) == warned
+
+
+def test_tensors_of_several_kinds_are_averaged_in_one_exchange(monkeypatch) -> None:
+    """The other process has 2 more than this one everywhere."""
+    exchanged = []
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda total: exchanged.append(total.mul_(2).add_(2)))
+    tensors = [
+        torch.arange(4.0),
+        torch.tensor(1.5, dtype=torch.float64),
+        torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        torch.tensor([2.0, 4.0], dtype=torch.bfloat16),
+    ]
+    before = [tensor.clone() for tensor in tensors]
+    parallel.average_over_processes(tensors)
+    assert len(exchanged) == 1
+    for tensor, old in zip(tensors, before, strict=True):
+        assert tensor.dtype == old.dtype and tensor.stride() == old.stride()
+        torch.testing.assert_close(tensor, old + 1)
+    counter = torch.tensor(3)
+    parallel.mean_statistics([counter])
+    assert len(exchanged) == 1 and counter == 3
 
 
 # Each process steps on its own pictures and writes what came of it.

@@ -14,8 +14,9 @@ from vitrail.config.recipes import LossConfig, SamConfig
 from vitrail.config.run import RECIPES, RunConfig, SupervisedConfig
 from vitrail.config.vit import ViTConfig
 from vitrail.errors import UserError
-from vitrail.presets import PRESETS, Preset, pages, preset, preset_name
-from vitrail.presets.describe import command, model_name, settings, told
+from vitrail.presets import PAPERS, PRESETS, Preset, pages, preset, preset_name
+from vitrail.presets.describe import MAIN, command, model_name, settings, told
+from vitrail.presets.papers import papers
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "recipes"
@@ -83,6 +84,26 @@ def test_a_list_can_be_narrowed_by_words(capsys) -> None:
     assert len(rows) < len(PRESETS)
 
 
+@pytest.mark.parametrize("paper", PAPERS)
+def test_a_papers_name_lists_that_paper_alone(paper: str, capsys) -> None:
+    assert {row["name"] for row in json.loads(said(capsys, "--list", paper, "--json"))} == set(PAPERS[paper])
+
+
+def test_other_words_narrow_a_papers_list_and_two_papers_are_both_listed(capsys) -> None:
+    names = [row["name"] for row in json.loads(said(capsys, "--list", "ViT", "cifar100", "--json"))]
+    assert names == ["vit-b16-cifar100", "vit-l16-cifar100", "vit-h14-cifar100"]
+    both = {row["name"] for row in json.loads(said(capsys, "--list", "sam", "mae", "--json"))}
+    assert both == {*PAPERS["sam"], *PAPERS["mae"]}
+    assert len(json.loads(said(capsys, "--list", "vit-", "--json"))) > len(PAPERS["vit"])  # part of names, no paper
+
+
+def test_no_preset_is_in_two_papers() -> None:
+    assert sum(map(len, PAPERS.values())) == len(PRESETS)
+    assert len({id(each) for each in PRESETS.values()}) == len(PRESETS)
+    assert {each.name: each.presets for each in papers()} == PAPERS
+    assert all(each.title for each in papers())
+
+
 def test_the_list_as_json_holds_what_presets_say_of_themselves(capsys) -> None:
     rows = json.loads(said(capsys, "--json"))
     assert {row["name"] for row in rows} == set(PRESETS)
@@ -93,7 +114,9 @@ def test_the_list_as_json_holds_what_presets_say_of_themselves(capsys) -> None:
     ("arguments", "told"),
     [
         (["--list", "no such thing"], "'no such thing'"),
-        (["--data", "x"], "--data needs a preset"),
+        (["--data", "x"], "--data needs a preset before it: vitrail train PRESET --data ... `vitrail train --list`"),
+        (["--data=x"], "vitrail train PRESET --data ... `vitrail"),
+        (["--lst"], "Did you mean '--list'?"),
         (["ViT-H/15"], "--list"),
         (["EffNet-L2 (SAN)"], "Did you mean 'EffNet-L2 (SAM)'"),
         (["photos", "--recipe", "sma"], "Did you mean 'sam'"),
@@ -185,10 +208,34 @@ def test_links_of_the_index_lead_to_headings() -> None:
 
 def test_settings_are_those_that_differ_from_the_models_and_recipes_own() -> None:
     found = dict(settings(preset("EffNet-L2 (SAM)").config))
-    assert found["model"] == "efficientnet-l2" and found["model.image-size"] == "475 475"
-    assert found["recipe"] == "sam" and found["optim.name"] == "sgd"
-    assert "model.widths" not in found and "augment.flip" not in found
-    assert dict(settings(RunConfig(model=MODELS["vit-l16"]))) == {"model": "vit-l16", "recipe": "supervised"}
+    assert found["--model"] == "efficientnet-l2" and found["--model.image-size"] == "475 475"
+    assert found["--recipe"] == "sam" and found["--optim.name"] == "sgd"
+    assert found["--input.mean"] == "0.5071 0.4865 0.4409" and found["--input.renormalise"] == ""
+    assert "--model.widths" not in found and "--augment.flip" not in found
+    found = dict(settings(RunConfig(model=MODELS["vit-l16"])))
+    assert found.keys() == {"--model", "--recipe"} | {f"--{flag}" for flag in MAIN} - {"--loop.steps"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_tell_the_whole_recipe_in_flags_that_are_there(name: str, started) -> None:
+    found, config = dict(settings(PRESETS[name].config)), PRESETS[name].config
+    length = "--loop.epochs" if config.loop.steps is None else "--loop.steps"
+    assert {f"--{flag}" for flag in MAIN if not flag.startswith("loop.e") and flag != "loop.steps"} <= found.keys()
+    assert ("--loop.epochs" in found, "--loop.steps" in found) == (length == "--loop.epochs", length == "--loop.steps")
+    flags = [(flag, value) for flag, value in found.items() if flag not in ("--model", "--recipe")]
+    given = [word for flag, value in flags if flag.startswith("--") for word in (flag, *value.split())]
+    again = started(name, "--resume", *given)
+    for part in ("optim", "loop", "augment"):
+        for field in fields(getattr(config, part)):
+            value = getattr(getattr(config, part), field.name)
+            ours = getattr(getattr(again, part), field.name)
+            assert ours == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), field.name
+
+
+def test_what_no_one_flag_sets_is_told_in_words() -> None:
+    found = dict(settings(preset("vitrail-mini").config))
+    assert found["model stem"] == "convolutions with filters 24, widths 96 192"
+    assert "model stem: convolutions with" in pages.pages()["small.md"]
 
 
 @pytest.mark.parametrize("name", ["vit-b16", "vit-b16-21kp", "vit-gigantic14", "vmoe-15b", "coatnet-6", "cvt-w24"])

@@ -88,6 +88,15 @@ def test_the_recipe_of_every_system_is_a_preset_of_its_model() -> None:
     for row in rows():
         assert model_name(preset(row["system"]).config.model) == row["model"], row["system"]
         assert row["preset"] == preset_name(row["system"])
+        assert "--data PATH" in markdown().partition(f"`vitrail train {row['preset']} ")[2].partition("`")[0]
+
+
+def test_recipes_that_were_not_published_in_full_are_told() -> None:
+    told = {row["system"] for row in rows() if "recipe not published in full" in row["note"]}
+    largest = {"CoAtNet-6", "CoAtNet-7", "ViT-MoE-15B (Every-2)"}
+    assert told == largest | {"Meta Pseudo Labels (EfficientNet-L2)"}
+    tuned = {row["system"] for row in rows() if preset(row["system"]).needs_init}
+    assert tuned == {row["system"] for row in rows()} - {"Meta Pseudo Labels (EfficientNet-L2)"}
 
 
 def test_the_page_of_the_leaderboard_is_up_to_date() -> None:

@@ -20,7 +20,8 @@ from vitrail.models import ImageModel, ViT
 def pooling_weights(model: ImageModel, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
     """Return the share that each of the encoder's output tokens has in the vector which the head classifies.
 
-    The class token alone, all patches alike, or what the probe of attention pooling attends to (mean over heads).
+    The class token alone; all patches alike; half of it so, half by the channels in which a patch is the maximum; or
+    what the probe of attention pooling attends to (mean over heads).
 
     Raises:
         UserError: When the model is not a ViT.
@@ -33,7 +34,11 @@ def pooling_weights(model: ImageModel, images: Float[Tensor, "b c h w"]) -> Floa
     if vit.class_token is not None:
         weights[:, 0] = 1.0
         return weights
-    return weights + 1.0 / weights.shape[1]
+    weights += 1.0 / weights.shape[1]
+    if vit.config.pool == "gap+max":
+        first = F.one_hot(tokens.argmax(dim=1), tokens.shape[1]).to(weights.dtype)
+        weights = (weights + first.mean(dim=1)) / 2
+    return weights
 
 
 def rollout(maps: Iterable[Float[Tensor, "b heads n n"]], pooling: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:

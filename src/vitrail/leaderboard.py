@@ -9,6 +9,7 @@ from typing import Any
 
 from vitrail.config.model import ALIASES
 from vitrail.presets import PRESETS
+from vitrail.presets.describe import command
 from vitrail.zoo import describe
 
 CHECKS = {
@@ -16,7 +17,8 @@ CHECKS = {
     "equals": "the same logits as the authors' code or, where there is none to run, as a live peer",
     "imports": "the weights that people have load, and go back bit for bit",
     "trains": "a small member trains, and resumes bit for bit",
-    "recipe": "its published training recipe is a preset, which runs end to end when made small",
+    "recipe": "what is published of its training recipe is a preset, which runs end to end when made small; its page "
+    "says what was not published",
 }
 
 _BUILT, _COUNT = "test_parameters_are_as_many_as_published", "test_parameters_are_as_many_as_computed_from_the_paper"
@@ -104,7 +106,8 @@ SYSTEMS = (
     System(table="CIFAR-100", system="ViT-L/16", accuracy="93.90", parameters="307M", tests=_VIT),
     System(
         table="ImageNet", system="CoAtNet-7", accuracy="90.88", parameters="2440M",
-        note="its weights and code were never released: the peer is timm, its blocks put together as the paper says",
+        note="its weights and code were never released: the peer is timm, its blocks put together as the paper says; "
+        "recipe not published in full",
         tests=_COATNET,
     ),
     System(
@@ -115,12 +118,14 @@ SYSTEMS = (
     ),
     System(
         table="ImageNet", system="CoAtNet-6", accuracy="90.45", parameters="1470M",
-        note="last stage at width 3072; the printed 2048 would make 1348M. Weights as CoAtNet-7",
+        note="last stage at width 3072; the printed 2048 would make 1348M. Weights as CoAtNet-7; "
+        "recipe not published in full",
         tests=_COATNET,
     ),
     System(
         table="ImageNet", system="ViT-MoE-15B (Every-2)", accuracy="90.35", parameters="14700M",
-        note="14,705,071,769 with the 29,593 classes of its pre-training; only weights of smaller sizes were released",
+        note="14,705,071,769 with the 29,593 classes of its pre-training; only weights of smaller sizes were "
+        "released; recipe not published in full",
         tests={
             "builds": ("tests/test_vmoe.py::test_the_15b_model_has_every_one_of_its_parameters",),
             "equals": ("tests/test_vmoe.py::test_official_weights_give_the_official_answer_and_losses",),
@@ -130,7 +135,8 @@ SYSTEMS = (
     ),
     System(
         table="ImageNet", system="Meta Pseudo Labels (EfficientNet-L2)", accuracy="90.2", parameters="480M",
-        note="no weights were released",
+        note="no weights were released: `imports` is of Noisy Student's weights, the same network; "
+        "recipe not published in full",
         tests=_EFFICIENTNET,
     ),
 )  # fmt: skip
@@ -170,14 +176,17 @@ def markdown() -> str:
     for row in rows():
         marks = " | ".join("yes" if tests else "not yet" for tests in row["verified"].values())
         name, size = f"{row['system']}: `{row['model']}`", f"{row['parameters']:,}"
-        train = f"`vitrail train {row['preset']}`" if row["preset"] else ""
+        train = f"`{command(row['preset'], PRESETS[row['preset']])}`" if row["preset"] else ""
         cells = [row["table"], name, row["published"], row["published_parameters"], size, marks, train]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "Parameters are counted with 1,000 classes, `vit-b16-21kp` with its 11,221. `vitrail train` takes the",
+        "Parameters are counted with 1,000 classes, `vit-b16-21kp` with its 11,221. Every system's preset but Meta",
+        "Pseudo Labels' is its fine-tuning, from pretrained weights. Words in capitals are yours to fill in.",
+        "`vitrail train` takes the name of a system, too; [recipes](recipes/README.md) say where they differ from what",
+        "was published.",
+        "",
     ]
-    lines += ["name of a system, too; [recipes](recipes/README.md) say where they differ from what was published.", ""]
     lines += [f"- {row['system']}: {row['note']}." for row in rows() if row["note"]]
     lines += ["", "## Tests behind the marks", ""]
     tests = sorted({test for each in SYSTEMS for names in each.verified.values() for test in names})

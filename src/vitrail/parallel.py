@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, NoReturn
 
@@ -126,7 +126,10 @@ def accumulating(module: nn.Module, *, last: bool) -> AbstractContextManager[obj
 
 
 def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
-    """Return the mean of a scalar over processes."""
+    """Return the mean of a tensor over processes, element by element: a new tensor, or `value` where one works alone.
+
+    To average many in place, see `average_over_processes`.
+    """
     if world_size() == 1:
         return value
     total = value.detach().clone()
@@ -135,13 +138,26 @@ def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def average_over_processes(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace tensors by their means over processes, in place and in one exchange.
+
+    Args:
+        tensors: Floating-point, of any shapes, on one device; the same in all processes. Those of several precisions
+            are averaged in the widest, and keep their own.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    means = mean_over_processes(torch.cat([tensor.flatten() for tensor in tensors]))
+    for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
 def mean_statistics(tensors: Iterable[torch.Tensor]) -> None:
-    """Replace running statistics, which each process gathers of its own pictures, by their mean over processes."""
-    if world_size() > 1:
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                dist.all_reduce(tensor)
-                tensor /= world_size()
+    """Replace running statistics, which each process gathers of its own pictures, by their mean over processes.
+
+    Counters are left alone: they are no floating-point numbers, and alike in all processes.
+    """
+    average_over_processes([tensor for tensor in tensors if tensor.is_floating_point()])
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

@@ -1,5 +1,6 @@
 """What `vitrail train` tells of presets: the list of them, and one in whole sentences."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -9,8 +10,8 @@ from rich.text import Text
 
 from vitrail.cli.console import Console, print_json
 from vitrail.config.run import RECIPES
-from vitrail.errors import UserError, did_you_mean
-from vitrail.presets import PRESETS, Preset
+from vitrail.errors import UserError
+from vitrail.presets import PAPERS, PRESETS, Preset
 from vitrail.presets.base import Group
 from vitrail.presets.describe import command, measured, sentence, told
 from vitrail.presets.papers import Paper, papers
@@ -26,6 +27,8 @@ HEADINGS: dict[Group, str] = {
     "pre-train": "Pre-training: from many pictures, with or without labels, to weights",
     "semi-supervised": "Semi-supervised: from few labels and many pictures",
 }
+FLAGS = ("-h", "--help", "--list", "--json")
+"""What `vitrail train` takes without a preset."""
 WIDE = 120
 """Columns of a terminal from which a list has room for results and cost."""
 
@@ -33,21 +36,24 @@ WIDE = 120
 def list_presets(arguments: Sequence[str]) -> int:
     """Print presets: ours and the published ones by paper, or with `--list` all, or those that words are found in.
 
+    A word that is a paper's name stands for that paper alone.
+
     Raises:
         UserError: For a flag that is none, and for words that no preset has.
     """
     words = [word.lower() for word in arguments if not word.startswith("-")]
-    known = ("-h", "--help", "--list", "--json")
-    for flag in (word for word in arguments if word.startswith("-")):
-        if flag not in known:
-            raise UserError(
-                f"{flag} needs a preset before it: vitrail train PRESET {flag} ...{did_you_mean(flag, known)}"
-            )
+    for flag in (word.partition("=")[0] for word in arguments if word.startswith("-")):
+        if flag not in FLAGS:
+            near = difflib.get_close_matches(flag, FLAGS, n=1, cutoff=0.8)  # --data is not a slip for --list
+            cure = f"Did you mean {near[0]!r}?" if near else "`vitrail train --list` lists presets."
+            raise UserError(f"{flag} needs a preset before it: vitrail train PRESET {flag} ... {cure}")
+    named = {word for word in words if word in PAPERS}
     chosen = {
         name: each
         for paper in papers()
         for name, each in paper.presets.items()
-        if all(word in _searched(paper, name) for word in words)
+        if (not named or paper.name in named)
+        and all(word in _searched(paper, name) for word in words if word not in named)
     }
     if not chosen:
         raise UserError(f"no preset has {' and '.join(map(repr, words))} in it. `vitrail train --list` lists them all.")
@@ -69,9 +75,10 @@ def list_presets(arguments: Sequence[str]) -> int:
     if "--list" not in arguments:
         aliases = ", ".join(f"{each.alias!r}" for each in chosen.values() if each.alias)
         console.print(
-            "`vitrail train --list` lists all with what they are for, `--list vit` those with that word in them, "
-            "`--list cifar100 sam` those with both. `vitrail train PRESET --help` says where a preset is from, what it "
-            f"reached and costs, and lists its settings. Leaderboard names are presets, too: {aliases}.",
+            "`vitrail train --list` lists all with what they are for, `--list vit` those of that paper, "
+            "`--list cifar100` those with that word in them, `--list cifar100 sam` both. `vitrail train PRESET --help` "
+            "says where a preset is from, what it reached and costs, and lists its settings. Leaderboard names are "
+            f"presets, too: {aliases}.",
             markup=False,
         )
     return 0

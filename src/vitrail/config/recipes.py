@@ -1,4 +1,4 @@
-"""Recipes beside plain supervised learning: how a model learns."""
+"""Recipes that learn from labels alone: supervised learning, and sharpness-aware minimization."""
 
 import math
 from dataclasses import dataclass
@@ -21,6 +21,11 @@ class LossConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"--recipe.label-smoothing must lie in [0, 1), not {self.label_smoothing}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupervisedConfig(LossConfig):
+    """Supervised learning from labelled pictures."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

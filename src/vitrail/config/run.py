@@ -10,7 +10,7 @@ from vitrail.config.masked import MaskedConfig
 from vitrail.config.meta_pseudo_labels import MetaPseudoLabelsConfig
 from vitrail.config.model import ModelConfig
 from vitrail.config.preprocessing import Fit, Interpolation
-from vitrail.config.recipes import LossConfig, SamConfig
+from vitrail.config.recipes import SamConfig, SupervisedConfig
 from vitrail.config.semantic import SemanticConfig
 from vitrail.config.vit import ViTConfig
 from vitrail.errors import UserError
@@ -131,11 +131,6 @@ class AugmentConfig:
                 raise UserError(f"--augment.{name.replace('_', '-')} must not be negative, not {getattr(self, name)}.")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SupervisedConfig(LossConfig):
-    """Supervised learning from labelled pictures."""
-
-
 RecipeConfig = (
     SupervisedConfig | SamConfig | SemanticConfig | MaskedConfig | DistillationConfig | MetaPseudoLabelsConfig
 )
@@ -200,6 +195,11 @@ class OptimConfig:
             raise UserError(f"--optim.ema must lie in [0, 1), not {self.ema}.")
         if not 0 <= self.head_first < 1:
             raise UserError(f"--optim.head-first is a share of the run, in [0, 1), not {self.head_first}.")
+        if self.head_first and self.train == "head":
+            raise UserError(
+                f"--optim.train head leaves nothing to learn after --optim.head-first {self.head_first}: set "
+                "--optim.head-first 0, or --optim.train all."
+            )
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"--optim.layer-decay must lie in (0, 1], not {self.layer_decay}.")
         for name in ("rsqrt_timescale", "decay_steps"):

@@ -43,6 +43,7 @@ __all__ = [
     "read_npz",
     "read_parts",
     "read_picture",
+    "without_labels",
 ]
 
 log = logging.getLogger("vitrail")
@@ -97,9 +98,9 @@ def read_parts(path: str | Path, channels: int = 3, *, labelled: bool = True) ->
     if labelled:
         return data
     return Splits(
-        train=_without_labels(data.train),
-        val=None if data.val is None else _without_labels(data.val),
-        test=None if data.test is None else _without_labels(data.test),
+        train=without_labels(data.train),
+        val=None if data.val is None else without_labels(data.val),
+        test=None if data.test is None else without_labels(data.test),
     )
 
 
@@ -136,7 +137,8 @@ def _with_channels(data: Splits, channels: int) -> Splits:
     return Splits(train=convert(data.train) or data.train, val=convert(data.val), test=convert(data.test))
 
 
-def _without_labels(source: Source) -> Source:
+def without_labels(source: Source) -> Source:
+    """Return the same pictures, all of one class, `pictures`, whatever their labels were."""
     source = copy.copy(source)
     source.targets, source.classes = np.zeros(len(source), dtype=np.int64), UNLABELLED
     return source

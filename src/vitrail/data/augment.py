@@ -117,8 +117,10 @@ def training_boxes(
     if config.crop == "resized":
         return random_boxes(keys, heights, widths, config.crop_area, config.crop_ratio)
     rows, columns = preprocessing.image_size
-    # In fp64, or a box that reaches the edge could lie beyond it by a rounding error, which decoders refuse.
-    heights, widths = heights.double(), widths.double()
+    # In fp64, or a box that reaches the edge could lie beyond it by a rounding error, which decoders refuse. MPS
+    # has no fp64, and no decoder runs there.
+    exact = torch.float32 if keys.device.type == "mps" else torch.float64
+    heights, widths = heights.to(exact), widths.to(exact)
     step = preprocessing.crop_fraction * torch.minimum(heights / rows, widths / columns)  # pixels per pixel of the view
     height, width = rows * step, columns * step
     top = uniform(keys, Draw.CROP_TOP) * (heights - height)

@@ -6,9 +6,8 @@ import numpy as np
 from jaxtyping import Int
 
 from vitrail.config.run import InputConfig
-from vitrail.data import read_parts
+from vitrail.data import read_parts, without_labels
 from vitrail.data.base import Source, Splits, Subset
-from vitrail.data.folders import UNLABELLED
 from vitrail.errors import UserError
 
 log = logging.getLogger("vitrail")
@@ -41,7 +40,7 @@ def with_few_labels(
     if settings.labelled is not None:
         kept = draw_labelled(data.train, settings.labelled, seed)
         train = Subset(data.train, kept)
-        rest = _without_labels(data.train, np.setdiff1d(np.arange(len(data.train)), kept))
+        rest = without_labels(Subset(data.train, np.setdiff1d(np.arange(len(data.train)), kept)))
     if not learns_unlabelled:
         return Splits(train=train, val=data.val, test=data.test)
     if settings.unlabelled is not None:
@@ -92,9 +91,3 @@ def draw_labelled(source: Source, labelled: float, seed: int) -> Int[np.ndarray,
     order = np.argsort(generator.random(len(source)), kind="stable")
     groups = [order[source.targets[order] == label][: int(wanted[label])] for label in places]
     return np.sort(np.concatenate(groups))
-
-
-def _without_labels(source: Source, indices: Int[np.ndarray, " n"]) -> Source:
-    rest = Subset(source, indices)
-    rest.targets, rest.classes = np.zeros(len(rest), dtype=np.int64), UNLABELLED
-    return rest

@@ -36,7 +36,7 @@ class ConvStage(nn.Module):
         return F.silu(self.norm2(self.conv2(x)))
 
 
-class ConvStem(nn.Module):
+class ConvolutionalStem(nn.Module):
     """Whitening filters and stages of convolutions, each at half the resolution of the one before.
 
     Args:

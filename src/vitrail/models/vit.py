@@ -17,7 +17,7 @@ from typing_extensions import TypeVar
 
 from vitrail.config.vit import ConvStem, ResNetStem, ViTConfig
 from vitrail.layers.attention import Attention, AttentionPool
-from vitrail.layers.conv_stem import ConvStem as ConvolutionalStem
+from vitrail.layers.conv_stem import ConvolutionalStem
 from vitrail.layers.embedding import PositionResize, resize_positions, sincos_positions
 from vitrail.layers.feedforward import FeedForward
 from vitrail.layers.initial import lecun_normal
@@ -185,7 +185,7 @@ class ViT(ImageModel[Config]):
 
         | parameter | value |
         |---|---|
-        | stem | see `ResNet` |
+        | stem | see `ResNet`, `ConvolutionalStem` |
         | patch embedding | LeCun normal; bias 0 |
         | class token | 0 |
         | positions | N(0, 0.02); big_vision's tables without a class row: N(0, 1 / sqrt(width)) |

@@ -19,25 +19,27 @@ from vitrail.presets.vit import VIT_PRESETS
 from vitrail.presets.vit_g import VIT_G_PRESETS
 from vitrail.presets.vmoe import VMOE_PRESETS
 
-__all__ = ["PRESETS", "Preset", "preset", "preset_name", "tiny"]
+__all__ = ["PAPERS", "PRESETS", "Preset", "preset", "preset_name", "tiny"]
 
-PRESETS: dict[str, Preset] = {
-    **STARTERS,
-    **SMALL_PRESETS,
-    **SAM_PRESETS,
-    **MPL_PRESETS,
-    **VIT_PRESETS,
-    **AUGREG_PRESETS,
-    **PLAIN_VIT_PRESETS,
-    **BIG_VISION_PRESETS,
-    **VIT_G_PRESETS,
-    **VMOE_PRESETS,
-    **CVT_PRESETS,
-    **COATNET_PRESETS,
-    **EFFICIENTNET_PRESETS,
-    **IMAGENET21K_PRESETS,
-    **MAE_PRESETS,
+PAPERS: dict[str, dict[str, Preset]] = {
+    "starters": STARTERS,
+    "small": SMALL_PRESETS,
+    "sam": SAM_PRESETS,
+    "meta-pseudo-labels": MPL_PRESETS,
+    "vit": VIT_PRESETS,
+    "augreg": AUGREG_PRESETS,
+    "plain-vit": PLAIN_VIT_PRESETS,
+    "big-vision": BIG_VISION_PRESETS,
+    "vit-g": VIT_G_PRESETS,
+    "vmoe": VMOE_PRESETS,
+    "cvt": CVT_PRESETS,
+    "coatnet": COATNET_PRESETS,
+    "efficientnet": EFFICIENTNET_PRESETS,
+    "imagenet21k": IMAGENET21K_PRESETS,
+    "mae": MAE_PRESETS,
 }
+"""The presets of each file of this package, in the order of lists; a file's name, with hyphens."""
+PRESETS: dict[str, Preset] = {name: each for presets in PAPERS.values() for name, each in presets.items()}
 
 
 def preset(name: str) -> Preset:

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from vitrail.config.vit import VITS
 from vitrail.presets.base import Preset
 from vitrail.presets.data_sets import DATA_SETS
-from vitrail.presets.vit import vit_protocol
+from vitrail.presets.vit import HEAD_KEPT, vit_protocol
 
 
 class Transfer(NamedTuple):
@@ -45,7 +45,7 @@ def transfer(data: str, row: Transfer) -> Preset:
         ),
         source="google-research/big_vision configs/transfer.py; weights of AugReg, arXiv 2106.10270",
         published=f"{row.mean} % ({row.lowest} to {row.highest} % in five runs)",
-        departs="Momentum is fp32, there bf16.",
+        departs="Momentum is fp32, there bf16." + (f" {HEAD_KEPT}" if data == "imagenet" else ""),
         needs_init=True,
     )
 

@@ -185,7 +185,8 @@ def fine_tuning(row: FineTuning) -> Preset:
         ),
         source=SOURCE,
         published=f"{row.published} from {after}",
-        departs=_departs(row.size, row.after, mixup=mixup, sigmoid=False),
+        departs=_departs(row.size, row.after, mixup=mixup, sigmoid=False)
+        + (" Weights of ImageNet keep their head." if row.after == "imagenet" else ""),
         alias=f"CoAtNet-{row.size}" if row.size in NOT_GIVEN else None,
         needs_init=True,
     )

@@ -96,7 +96,8 @@ def fine_tuning(name: str, data: str, published: str) -> Preset:
         source="CvT, arXiv 2103.15808, section 4.1; microsoft/CvT lib/config/default.py (FINETUNE)",
         published=f"{published} (tables 3 and 4)",
         departs="The paper follows the ViT paper and says no more than steps and batch size. The learning rate is the "
-        "default of its code, whose released 384 px configurations are those of training from scratch.",
+        "default of its code, whose released 384 px configurations are those of training from scratch."
+        + (" Weights that have ImageNet's 1,000 classes keep their head." if data == "imagenet" else ""),
         alias="CvT-W24" if (name, data) == ("cvt-w24", "cifar100") else None,
         needs_init=True,
     )

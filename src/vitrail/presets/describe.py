@@ -8,6 +8,7 @@ from vitrail.config.distillation import DistillationConfig
 from vitrail.config.meta_pseudo_labels import MetaPseudoLabelsConfig
 from vitrail.config.model import MODELS, ModelConfig
 from vitrail.config.run import RECIPES, RunConfig
+from vitrail.config.vit import ConvStem, ResNetStem
 from vitrail.presets.base import Preset
 
 STRUCTURE = {
@@ -15,6 +16,14 @@ STRUCTURE = {
     "head_width", "head_dim", "mbconv_before_s3", "moe_layers", "experts",
 }  # fmt: skip
 """What makes a model's size, in any family; all else is the run's to choose."""
+MAIN = {
+    "optim.name", "optim.lr", "optim.weight-decay", "optim.schedule", "optim.warmup-steps", "optim.clip-norm",
+    "loop.batch-size", "loop.epochs", "loop.steps",
+}  # fmt: skip
+"""What a recipe is told by, whether or not it is our default."""
+
+WORDS: dict[type, str] = {ConvStem: "convolutions", ResNetStem: "a ResNet"}
+"""Parts of a model that no one flag sets."""
 
 
 def sentence(text: str) -> str:
@@ -66,33 +75,44 @@ def model_name(config: ModelConfig) -> str | None:
 
 
 def settings(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the flags, without hyphens in front, and the values of what is not as it would be without being told.
+    """Yield the flags of a run, with their values: what is not as it would be without being told, and `MAIN`.
 
-    That is, for a model, as its published size has it, and as its recipe has it by itself.
+    Without being told, a model is as its published size has it, and a recipe as it is by itself. A switch has no
+    value. For a part of a model that no one flag sets, words take the flag's place: `model stem`.
     """
     name = model_name(config.model)
     if name is not None:
-        yield "model", name
+        yield "--model", name
     yield from _changes(config.model, type(config.model)() if name is None else MODELS[name], "model.")
-    yield "recipe", next(name for name, kind in RECIPES.items() if type(config.recipe) is kind)
+    yield "--recipe", next(name for name, kind in RECIPES.items() if type(config.recipe) is kind)
     yield from _changes(config.recipe, type(config.recipe)(), "recipe.")
     default = RunConfig()
-    yield from _changes(replace(config, model=default.model, recipe=default.recipe), default, "")
+    rest = replace(config, model=default.model, recipe=default.recipe)
+    if rest.loop.steps is not None:  # they rule, whatever the epochs are
+        rest = replace(rest, loop=replace(rest.loop, epochs=None))
+    yield from _changes(rest, default, "")
 
 
 def _changes(config: Any, default: Any, where: str) -> Iterator[tuple[str, str]]:
     for field in fields(config):
         value, usual = getattr(config, field.name), getattr(default, field.name)
         flag = f"{where}{field.name.replace('_', '-')}"
-        if value == usual:
-            continue
         if is_dataclass(value) and type(value) is type(usual):
             yield from _changes(value, usual, f"{flag}.")
+        elif value is None if flag in MAIN else value == usual:
+            continue
+        elif is_dataclass(value):
+            parts = ", ".join(f"{part.name} {_text(getattr(value, part.name))}" for part in fields(value))
+            yield flag.replace(".", " "), f"{WORDS.get(type(value), type(value).__name__)} with {parts}"
+        elif isinstance(value, bool):
+            yield f"--{flag}" if value else f"--{where}no-{field.name.replace('_', '-')}", ""
         else:
-            yield flag, _text(value)
+            yield f"--{flag}", _text(value)
 
 
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_text, cast(tuple[Any, ...], value)))
-    return str(value).removesuffix(".0")
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else f"{value:.4g}"
+    return str(value)

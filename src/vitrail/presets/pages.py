@@ -1,5 +1,6 @@
 """The pages of `docs/recipes`, written from the presets: `python -m vitrail.presets.pages`."""
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -61,11 +62,20 @@ def _page(paper: Paper) -> Iterator[str]:
         if facts := told(preset):
             yield "\n".join(f"- {heading}: {text}" for heading, text in facts.items()) + "\n"
         yield f"```sh\n{command(name, preset)}\n```\n"
-        yield "Settings other than the defaults:\n"
-        for section, flags in groupby(settings(preset.config), key=lambda flag: flag[0].partition(".")[0]):
-            prefix = f"{section}."
-            yield f"- {section}: " + ", ".join(f"`{flag.removeprefix(prefix)} {value}`" for flag, value in flags)
+        yield "Its settings; all others are the defaults:\n"
+        for section, flags in groupby(settings(preset.config), key=_section):
+            yield f"- {section}: " + ", ".join(_setting(flag, value) for flag, value in flags)
         yield ""
+
+
+def _section(setting: tuple[str, str]) -> str:
+    """Return which part of a run a setting is of."""
+    return re.split(r"[. ]", setting[0].removeprefix("--"))[0]
+
+
+def _setting(flag: str, value: str) -> str:
+    """Return a flag as it is typed, and in words what no one flag sets."""
+    return f"`{f'{flag} {value}'.rstrip()}`" if flag.startswith("--") else f"{flag}: {value}"
 
 
 def _system(preset: Preset) -> str:

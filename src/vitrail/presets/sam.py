@@ -130,7 +130,7 @@ VIT_SAM = Preset(
     purpose="ViT-B/16 on ImageNet from scratch with SAM, without strong augmentation",
     config=RunConfig(
         model=replace(VITS["vit-b16"], head_bias=-10.0),
-        input=InputConfig(val_fraction=0.01),
+        input=InputConfig(interpolation="bilinear", val_fraction=0.01),
         augment=AugmentConfig(crop="resized", crop_area=(0.05, 1.0)),
         recipe=SamConfig(rho=0.2, loss="sigmoid"),
         optim=OptimConfig(

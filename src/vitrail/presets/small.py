@@ -38,7 +38,7 @@ CIFAR100_10MIN = Preset(
             name="muon", lr=0.01, weight_decay=0.05, momentum=0.95, betas=(0.9, 0.99), schedule="linear",
             warmup_steps=50, clip_norm=0.0, ema=0.99,
         ),
-        loop=LoopConfig(batch_size=192, epochs=4.4, eval_every=10_000),
+        loop=LoopConfig(batch_size=192, epochs=4.8, eval_every=10_000),
     ),
 )  # fmt: skip
 

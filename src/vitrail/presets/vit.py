@@ -161,6 +161,9 @@ UNSAID = (
     "{lr:g}, which the released code takes. Its last runs learn from the held-out pictures, too."
 )
 
+HEAD_KEPT = "Weights that have ImageNet's 1,000 classes keep their head; the authors begin with a new one."
+"""Of fine-tuning on ImageNet what was pre-trained there as well, at another picture size."""
+
 
 def fine_tuning(row: FineTuning) -> Preset:
     """Return the preset of a cell of table 2 or 5."""
@@ -173,7 +176,7 @@ def fine_tuning(row: FineTuning) -> Preset:
         config=vit_protocol(model, row.data, lr=row.lr, ema=row.ema),
         source="ViT, arXiv 2010.11929, table 4; google-research/vision_transformer vit_jax/configs/common.py",
         published=row.published,
-        departs=UNSAID.format(grid=grid, lr=row.lr),
+        departs=UNSAID.format(grid=grid, lr=row.lr) + (f" {HEAD_KEPT}" if row.data == "imagenet" else ""),
         alias=ALIASES.get((row.model, row.data)),
         needs_init=True,
     )

@@ -9,7 +9,7 @@ from vitrail.config.vit_moe import VMOES, ViTMoEConfig
 from vitrail.presets.augreg import MIXES
 from vitrail.presets.base import Preset
 from vitrail.presets.data_sets import DATA_SETS
-from vitrail.presets.vit import INCEPTION, STEPS, vit_protocol
+from vitrail.presets.vit import HEAD_KEPT, INCEPTION, STEPS, vit_protocol
 
 PAPER = "V-MoE, arXiv 2106.05974"
 CONFIGS = "google-research/vmoe configs/vmoe_paper"
@@ -126,7 +126,8 @@ S32_IMAGENET = Preset(
     source=f"{PAPER}; {CONFIGS}/vmoe_s32_last2_ilsvrc2012_randaug_light1.py",
     published="ImageNet 73.1 %, V2 59.2 %",
     cost="5 h 50 min on a TPUv3-32",
-    departs=f"{MIXES} {GROUPS.format(room=4)}",
+    departs="Warm-up ends with the first fifth of the run, after 9,240 updates; there it is 10,000. "
+    f"{MIXES} {GROUPS.format(room=4)}",
 )
 
 
@@ -139,7 +140,7 @@ def _released(config: RunConfig, *, data: str, file: str, published: str, cost: 
         source=f"{PAPER}; {CONFIGS}/{file}.py",
         published=published,
         cost=cost,
-        departs=GROUPS.format(room=1.5),
+        departs=GROUPS.format(room=1.5) + (f" {HEAD_KEPT}" if data == "ImageNet" else ""),
         needs_init=True,
     )
 

@@ -9,8 +9,8 @@ import torch
 from vitrail.config.distillation import DistillationConfig
 from vitrail.config.masked import MaskedConfig
 from vitrail.config.meta_pseudo_labels import MetaPseudoLabelsConfig
-from vitrail.config.recipes import SamConfig
-from vitrail.config.run import RunConfig, SupervisedConfig
+from vitrail.config.recipes import SamConfig, SupervisedConfig
+from vitrail.config.run import RunConfig
 from vitrail.config.semantic import SemanticConfig
 from vitrail.data.augment import Augment
 from vitrail.errors import UserError
@@ -70,6 +70,11 @@ def build_learner(
                 raise UserError(
                     "--find-lr watches how fast a loss falls, but what the student learns moves with its teacher: "
                     "leave it out, and set --optim.lr."
+                )
+            if config.loop.patience is not None:
+                raise UserError(
+                    "--loop.patience would end a run of Meta Pseudo Labels before its student has learned: it waits "
+                    "for its teacher at first, and is fine-tuned in the end. Leave it out."
                 )
             # From weights at hand both start alike: they know more of the classes than a random teacher would teach.
             twin = copy.deepcopy(model) if config.init is not None else None

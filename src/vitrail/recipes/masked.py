@@ -228,8 +228,8 @@ def colour_levels(colours: Int[Tensor, "b n"], channels: int) -> Float[Tensor, "
 def _plain_vit(model: ImageModel, optim: OptimConfig) -> ViT:
     if type(model) is not ViT:
         raise UserError(
-            f"masked pre-training hides patches, so it needs a plain ViT, not a {type(model).__name__}; "
-            "choose one with --model, such as vit-s16."
+            f"masked pre-training hides patches, so it needs a plain ViT, not {type(model).__name__}; take the preset "
+            "'masked', or one without weights, with --model, such as vit-s16."
         )
     if model.config.stem is not None:
         raise UserError(

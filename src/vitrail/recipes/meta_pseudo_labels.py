@@ -34,7 +34,7 @@ from vitrail.losses import classification_loss
 from vitrail.models import build
 from vitrail.models.base import ImageModel, WithLoss
 from vitrail.optim import AveragedWeights, build_optimizer, learning_rate, prepare, set_learning_rate
-from vitrail.parallel import Precision, autocast, mean_over_processes, world_size
+from vitrail.parallel import Precision, autocast, average_over_processes, mean_over_processes, world_size
 from vitrail.recipes.base import Learner
 
 BASELINE_DECAY = 0.99
@@ -111,10 +111,14 @@ class MetaPseudoLabelsLearner(Learner):
                 initial weights of its own.
 
         Raises:
-            UserError: When pictures carry several labels, are mixed, or not all weights are to learn.
+            UserError: When pictures carry several labels, are mixed, or padded at a size of their own, or not all
+                weights are to learn.
         """
         _require_fitting(model, optim, augment)
-        teacher = build(model.config) if teacher is None else teacher
+        if teacher is None:
+            teacher = build(model.config)
+            # Filters calculated from the pictures (`fit_input`) are no initial weights: both models have the same.
+            teacher.load_state_dict(dict(model.named_buffers()), strict=False)
         self.models = nn.ModuleDict({"model": model, "teacher": teacher})
         self.optimizers = {}
         for name, each in (("model", model), ("teacher", teacher)):
@@ -219,7 +223,7 @@ class MetaPseudoLabelsLearner(Learner):
             if keep:
                 answer = self.teacher(images)
             else:
-                contexts = lambda: (nullcontext(), _statistics_kept(self.teacher))  # noqa: E731
+                contexts = lambda: (nullcontext(), _buffers_put_back(self.teacher))  # noqa: E731
                 answer = checkpoint(self.teacher, images, use_reentrant=False, context_fn=contexts)
         logits, own = _taken_apart(answer)
         labelled, weak, strong = logits.float().split([len(views.labelled), len(views.weak), len(views.strong)])
@@ -329,6 +333,9 @@ class MetaPseudoLabelsLearner(Learner):
             if self.average is not None:
                 self.model.load_state_dict(self.average.average)
             self.optimizers["model"].state.clear()  # momentum of the other loss
+            for group in self.optimizers["model"].param_groups:
+                if "step" in group:  # Adafactor counts here
+                    group["step"] = 0
         self.optimizers["model"].zero_grad(set_to_none=True)
         pictures = sum(len(batch) for batch in micro_batches)
         loss = torch.zeros((), device=self._device)
@@ -345,18 +352,12 @@ class MetaPseudoLabelsLearner(Learner):
         self.scaler.update()
         return {"loss": loss, "gradient_norm": norm}
 
-    @torch.no_grad()
     def _exchange(self, name: str) -> None:
         """Average a model's gradient over processes, in place and in one exchange, and BatchNorm's statistics."""
-        if world_size() == 1:
-            return
         model = self.models[name]
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         statistics = [s for where, s in model.named_buffers() if where.endswith(("running_mean", "running_var"))]
-        tensors = [*gradients, *statistics]
-        means = mean_over_processes(torch.cat([tensor.flatten() for tensor in tensors]))
-        for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        average_over_processes([*gradients, *statistics])
 
     def _descend(self, name: str) -> Tensor:
         """Step by a model's gradient, clipped, and return the gradient's norm."""
@@ -384,15 +385,22 @@ def _require_fitting(model: ImageModel, optim: OptimConfig, augment: Augment) ->
         raise UserError(
             "Meta Pseudo Labels labels whole pictures, not mixed ones: set --augment.mixup 0 --augment.cutmix 0."
         )
+    if augment.config.size is not None and augment.config.crop == "padded":
+        raise UserError(
+            "Meta Pseudo Labels shifts padded pictures once more at the model's size: leave out --augment.size, or "
+            "take another --augment.crop."
+        )
     if optim.train == "head" or optim.head_first:
         raise UserError("Meta Pseudo Labels trains whole models: leave out --optim.train head and --optim.head-first.")
 
 
 @contextmanager
-def _statistics_kept(model: nn.Module) -> Iterator[None]:
+def _buffers_put_back(model: nn.Module) -> Iterator[None]:
     """Put buffers back when the context ends: BatchNorm's statistics count a batch once, however often it is computed.
 
-    By their data: autograd, which has noted the buffers in the pass before, takes no notice.
+    By their data: autograd, which has noted the buffers in the pass before, takes no notice. SAM's way, to turn
+    tracking off, cannot serve: checkpointing refuses a second pass that keeps other tensors for the backward pass than
+    the first, and BatchNorm keeps its statistics only where it tracks them.
     """
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:

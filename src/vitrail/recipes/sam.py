@@ -25,7 +25,7 @@ from vitrail.config.run import OptimConfig
 from vitrail.data.augment import Augment
 from vitrail.data.base import Batch
 from vitrail.models.base import ImageModel
-from vitrail.parallel import Precision, autocast, mean_over_processes, world_size
+from vitrail.parallel import Precision, autocast, average_over_processes
 from vitrail.recipes.supervised import SupervisedLearner
 
 Gradient = dict[str, Tensor]
@@ -183,13 +183,8 @@ class SamLearner(SupervisedLearner):
 
         Statistics as in google-research/sam, which averages them before it evaluates.
         """
-        if world_size() == 1:
-            return
         statistics = [s for norm in _tracking(self.model) for s in (norm.running_mean, norm.running_var)]
-        tensors = [*gradient.values(), *(s for s in statistics if s is not None)]
-        means = mean_over_processes(torch.cat([tensor.flatten() for tensor in tensors]))
-        for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        average_over_processes([*gradient.values(), *(s for s in statistics if s is not None)])
 
 
 @contextmanager

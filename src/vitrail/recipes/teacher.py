@@ -134,7 +134,7 @@ def _columns(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:
     """Return the place of each of our classes among theirs.
 
     Raises:
-        UserError: When one is not there, or stands there twice.
+        UserError: When one is not there, or stands there more than once.
     """
     if not theirs:
         raise UserError(
@@ -144,7 +144,7 @@ def _columns(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:
     if wrong := [label for label in ours if found[label] != 1]:
         raise UserError(
             f"the teacher answers with {len(theirs)} classes, in which '{wrong[0]}' is "
-            f"{'missing' if not found[wrong[0]] else 'there twice'} ({len(wrong)} of the data's {len(ours)} classes "
-            "are not there, or not once); train or adapt it on this data."
+            f"{'missing' if not found[wrong[0]] else 'there more than once'} ({len(wrong)} of the data's {len(ours)} "
+            "classes are not there, or not once); train or adapt it on this data."
         )
     return [theirs.index(label) for label in ours]

@@ -33,7 +33,8 @@ def attention_section(evaluation: Evaluation, source: Source, model: ImageModel)
         "overlays": overlays,
         "positions": png_uri(similarity_mosaic(similarity)) if similarity.size > 1 else None,
         "lowest": f"{similarity.min():.2f}".replace("-", "\u2212"),
-        "filters": png_uri(filter_mosaic(patch_filters(model).cpu().numpy())),
+        # A stem's first kernels are too small to show anything.
+        "filters": png_uri(filter_mosaic(patch_filters(model).cpu().numpy())) if model.stem is None else None,
         "distance": _distance_chart(_mean_distance(sample, source, model), model),
         "sample": len(sample),
     }

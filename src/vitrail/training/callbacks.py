@@ -43,7 +43,7 @@ class TerminalProgress(Callback):
         self._printed = 0.0
 
     def start(self, folder: Path, step: int, steps: int) -> None:
-        self._steps = steps
+        self._steps, self._status, self._printed = steps, {}, 0.0  # one bar may serve several runs
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("training"),

@@ -46,6 +46,7 @@ class Loop:
         self.since_best = 0
         self.window: dict[str, Tensor] = {}  # sums since the last row, on the device
         self.window_steps = 0
+        self.window_end: dict[str, float] = {}  # epoch and learning rate of its last update
         self.timed_steps = 0  # as `window_steps`, of this process alone: a run that goes on has no clock of before
         self.data_seconds = self.step_seconds = 0.0
 
@@ -89,14 +90,19 @@ class Loop:
         began = time.perf_counter()
         batches = next(self.parts.stream)
         loaded = time.perf_counter()
-        self.rate = self.parts.learner.schedule(self.step, self.steps)
-        for name, value in self.parts.learner.step(batches).items():
+        rate = self.parts.learner.schedule(self.step, self.steps)
+        row = self.parts.learner.step(batches)
+        stepped = time.perf_counter()
+        if self.window and row.keys() != self.window.keys():
+            self._log()  # from here on the recipe tells of something else, as in fine-tuning: no mean has both
+        for name, value in row.items():
             self.window[name] = self.window.get(name, torch.zeros((), device=value.device)) + value
+        self.window_end = {"epoch": round(self.parts.stream.epoch, 6), "lr": rate}
         self.step += 1
         self.window_steps += 1
         self.timed_steps += 1
         self.data_seconds += loaded - began
-        self.step_seconds += time.perf_counter() - began
+        self.step_seconds += stepped - began
         if self.step % self.config.loop.log_every == 0 or self.step == self.steps:
             self._log()
 
@@ -108,8 +114,16 @@ class Loop:
             raise self._diverged(f"the loss is {means['loss']}")
         # fp16 skips an update whose gradient overflows: its norm is infinite, which JSON has no word for.
         known = {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
-        row = {"step": self.step, "epoch": round(self.parts.stream.epoch, 6), "lr": self.rate, **known}
+        row = {"step": self.step, **self.window_end, **known}
         self.folder.append("metrics.jsonl", row)
+        for callback in self.callbacks:
+            callback.metrics(row)
+        if self.timed_steps:
+            self._log_timing()
+        self.window, self.window_steps, self.timed_steps = {}, 0, 0
+        self.data_seconds = self.step_seconds = 0.0
+
+    def _log_timing(self) -> None:
         pictures = self.timed_steps * self.config.loop.batch_size
         timing = {
             "step": self.step,
@@ -123,10 +137,7 @@ class Loop:
             timing["gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.folder.append("timing.jsonl", timing)
         for callback in self.callbacks:
-            callback.metrics(row)
             callback.timing(timing)
-        self.window, self.window_steps, self.timed_steps = {}, 0, 0
-        self.data_seconds = self.step_seconds = 0.0
 
     def evaluate(self) -> None:
         """Measure the shipped weights on the validation part, and keep them when they are the best so far."""
@@ -180,6 +191,7 @@ class Loop:
                 "since_best": self.since_best,
                 "window": self.window,
                 "window_steps": self.window_steps,
+                "window_end": self.window_end,
                 "learner": self.parts.learner.state_dict(),
                 "stream": self.parts.stream.state_dict(),
                 "random": states,
@@ -193,6 +205,7 @@ class Loop:
         self.best, self.since_best = state["best"], state["since_best"]
         self.window = {name: total.to(self.parts.device) for name, total in state["window"].items()}
         self.window_steps = state["window_steps"]
+        self.window_end = state.get("window_end", {})  # older checkpoints have none
         self.parts.learner.load_state_dict(state["learner"])
         self.parts.stream.load_state_dict(state["stream"])
         # With another number of processes there is no state to put back; only dropout then differs.

@@ -96,7 +96,7 @@ def build_model(config: RunConfig, data: Splits) -> ImageModel:
             log.info("new head: %d classes instead of %d", len(classes), old_classes)
     else:
         model = build(replace(config.model, num_classes=len(classes)))
-        warn_from_scratch(model, len(data.train))
+        warn_from_scratch(model, len(data.train) + (len(data.unlabelled) if data.unlabelled is not None else 0))
     settings, pretrained = config.input, model.preprocessing
     model.preprocessing = Preprocessing(
         image_size=size,
@@ -118,11 +118,12 @@ def build_model(config: RunConfig, data: Splits) -> ImageModel:
 def some_views(source: Source, preprocessing: Preprocessing) -> Float[Tensor, "b c h w"]:
     """Return some hundred pictures from all over a source as evaluation sees them; unreadable ones are passed over."""
     views: list[Tensor] = []
-    for index in range(0, len(source), -(-len(source) // FIT_PICTURES)):
+    tried = range(0, len(source), -(-len(source) // FIT_PICTURES))
+    for index in tried:
         with suppress(BrokenPicture):
             views.append(evaluation_view(source.load(index), preprocessing))
     if not views:
-        raise UserError(f"none of the first {FIT_PICTURES} training pictures can be read; `vitrail check` names them.")
+        raise UserError(f"none of the {len(tried)} training pictures tried can be read; `vitrail check` names them.")
     return torch.stack(views)
 
 
