@@ -35,8 +35,8 @@ PIXELS = "logistic regression on pixels"
 LESSON = (
     "Both models are the same network, trained for as many updates on the same {pictures:,} pictures. One began with "
     "random weights, the other with weights from CIFAR-100, whose 100 classes include no clothes. This is the ViT "
-    "paper's finding in small (arXiv 2010.11929, section 4.3): with so few pictures and updates, a transformer lives by "
-    "what it learned before. Trained longer, the one from scratch would come closer; how close is not asked here."
+    "paper's finding in small (arXiv 2010.11929, section 4.3): with so few pictures and updates, a transformer lives "
+    "by what it learned before. Trained longer, the one from scratch would come closer; how close is not asked here."
 )
 
 
