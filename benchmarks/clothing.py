@@ -17,7 +17,7 @@ from machine import write_result
 
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scratch": ("a small ViT from scratch", ("photos",)),
-    "head": ("EfficientNet-Lite0, the head alone", ("finetune", "--optim.train", "head", "--optim.head-first", "0")),
+    "head": ("EfficientNet-Lite0, the head alone", ("finetune", "--optim.train", "head")),
     "full": ("EfficientNet-Lite0, all of it", ("finetune",)),
 }
 """What is trained, the one that the other verbs are shown with last."""

@@ -191,8 +191,7 @@ def finetune(epochs: float = 2.0) -> Experiment:
         "for as many epochs, and the preset for it, a small ViT, for five times as many.",
         {
             tuned: Arm("finetune", common, PHOTOS),
-            # In this order: settings are put in one by one, and the head alone beside head_first is refused.
-            others[0]: Arm("finetune", common | {"optim.head_first": 0.0, "optim.train": "head"}, PHOTOS),
+            others[0]: Arm("finetune", common | {"optim.train": "head"}, PHOTOS),
             others[1]: Arm("finetune", common | fresh, PHOTOS),
             others[2]: Arm("photos", common | LAST | length(5 * epochs), PHOTOS),
         },

@@ -103,9 +103,9 @@ def test_a_share_becomes_whole_updates_and_leaves_one_for_all_else(share: float,
 
 
 def test_a_run_of_the_head_alone_has_one_phase() -> None:
-    with pytest.raises(UserError, match=r"--optim\.train head .* --optim\.head-first 0\.5: set --optim\.head-first 0"):
-        OptimConfig(train="head", head_first=0.5)
-    assert head_steps(OptimConfig(train="head"), 100) == 0
+    optim = OptimConfig(train="head", head_first=0.5, warmup_steps=2)
+    assert head_steps(optim, 100) == 0
+    assert learning_rate(optim, 60, 100) == learning_rate(replace(optim, head_first=0.0), 60, 100)
 
 
 def test_a_share_that_is_none_is_refused() -> None:

@@ -46,7 +46,7 @@ def head_steps(config: OptimConfig, total: int) -> int:
     Head first, then all of it: LP-FT (Kumar et al., 2022, arXiv 2202.10054). A random head would bend the features of
     a pretrained body before it can tell what they are good for.
     """
-    return min(round(config.head_first * total), total - 1)
+    return min(round(config.head_first * total), total - 1) if config.train == "all" else 0
 
 
 def parameter_groups(model: ImageModel, config: OptimConfig) -> list[dict[str, Any]]:

@@ -151,7 +151,8 @@ class OptimConfig:
     train: Literal["all", "head"] = "all"
     """`head`: only the head learns; the body answers as in evaluation, and nothing in it changes."""
     head_first: float = 0.0
-    """Share of the run in which, at its start, only the head learns, at the peak learning rate; then the schedule."""
+    """Share of the run in which, at its start, only the head learns, at the peak learning rate; then the schedule. With
+    `train` `head` there is no second phase, and the whole run has the schedule."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
@@ -195,11 +196,6 @@ class OptimConfig:
             raise UserError(f"--optim.ema must lie in [0, 1), not {self.ema}.")
         if not 0 <= self.head_first < 1:
             raise UserError(f"--optim.head-first is a share of the run, in [0, 1), not {self.head_first}.")
-        if self.head_first and self.train == "head":
-            raise UserError(
-                f"--optim.train head leaves nothing to learn after --optim.head-first {self.head_first}: set "
-                "--optim.head-first 0, or --optim.train all."
-            )
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"--optim.layer-decay must lie in (0, 1], not {self.layer_decay}.")
         for name in ("rsqrt_timescale", "decay_steps"):
