@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from toys import PixelModel
 
 from vitrail.config.codec import to_json
 from vitrail.config.run import AugmentConfig, LoopConfig, OptimConfig, SupervisedConfig
@@ -21,7 +22,7 @@ from vitrail.config.vit import ViTConfig
 from vitrail.data.augment import Augment
 from vitrail.data.base import Batch
 from vitrail.errors import Interrupted, UserError
-from vitrail.models.base import ImageModel, WithLoss
+from vitrail.models.base import WithLoss
 from vitrail.parallel import alone, rank, world_size
 from vitrail.recipes.supervised import SupervisedLearner
 from vitrail.training import Callback, finding, run_training
@@ -40,7 +41,7 @@ CPU = torch.device("cpu")
 RATES = np.geomspace(finding.LOWEST, finding.HIGHEST, finding.STEPS)
 
 
-class Bowl(ImageModel):
+class Bowl(PixelModel):
     """Half the curvature times the squared distance of 20 weights from where each picture wants them."""
 
     def __init__(self, curvature: float) -> None:
@@ -52,20 +53,6 @@ class Bowl(ImageModel):
         wanted = images.flatten(1)  # in [-1, 1]
         own = 0.5 * self.curvature * (self.weight - wanted).square().sum(dim=1).mean()
         return WithLoss(torch.zeros(len(images), 2), own)
-
-    def features(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
-
-    def feature_map(self, images: Tensor) -> Tensor:
-        return images
-
-    def blocks(self) -> Sequence[nn.Module]:
-        return ()
-
-    def depth_of(self, name: str) -> int:
-        return 1
-
-    def init_weights(self) -> None: ...
 
 
 def bowl_learner(curvature: float, **optim: object) -> SupervisedLearner:

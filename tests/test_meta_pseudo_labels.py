@@ -18,6 +18,7 @@ import torch
 from families import TINY
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toys import PixelModel
 
 import vitrail.training.setup as parts_module
 from vitrail import data as data_module
@@ -48,7 +49,7 @@ CPU = torch.device("cpu")
 SHORT = MetaPseudoLabelsConfig(unlabelled_ratio=2, uda_steps=0, student_wait=0, finetune_steps=0)
 
 
-class Toy(ImageModel):
+class Toy(PixelModel):
     """A softmax regression on a picture's three numbers: convex, smooth, and small enough to differentiate twice."""
 
     def __init__(self) -> None:
@@ -57,20 +58,6 @@ class Toy(ImageModel):
 
     def forward(self, images: Tensor) -> Tensor:
         return (images.flatten(1)[:, :, None] * self.weight).sum(dim=1)  # no matrix product: fp32 under autocast, too
-
-    def features(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
-
-    def feature_map(self, images: Tensor) -> Tensor:
-        return images
-
-    def blocks(self) -> Sequence[nn.Module]:
-        return ()
-
-    def depth_of(self, name: str) -> int:
-        return 1
-
-    def init_weights(self) -> None: ...
 
 
 def learner_of(

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from families import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from toys import PixelModel
 
 from vitrail.config.codec import from_json, to_json
 from vitrail.config.model import ModelConfig
@@ -39,7 +40,7 @@ BIAS_CURVATURE = 3.0
 SGD = OptimConfig(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=0.0)
 
 
-class Quadratic(ImageModel):
+class Quadratic(PixelModel):
     """A loss whose every gradient is known: half the curvature times the squared distance to a picture's three pixels.
 
     The bias has a bowl of its own around 1; nothing depends on `idle`.
@@ -59,20 +60,6 @@ class Quadratic(ImageModel):
         bowl = (torch.tensor(CURVATURE, dtype=torch.float32) * (self.weight - images.flatten(1)).square()).sum(dim=1)
         own = 0.5 * bowl.mean() + 0.5 * BIAS_CURVATURE * (self.bias - 1).square().sum()
         return WithLoss(torch.zeros(len(images), 2), own)
-
-    def features(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
-
-    def feature_map(self, images: Tensor) -> Tensor:
-        return images
-
-    def blocks(self) -> Sequence[nn.Module]:
-        return ()
-
-    def depth_of(self, name: str) -> int:
-        return 1
-
-    def init_weights(self) -> None: ...
 
 
 class ByHand:

@@ -8,7 +8,6 @@ As TensorFlow has it: SAME padding (`SameConv2d`), BatchNorm with epsilon 1e-3 a
 bias. Weights trained so do not work with symmetric padding, nor the other way round.
 """
 
-import math
 from itertools import pairwise
 from typing import cast, final
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from vitrail.config.efficientnet import EXPANSIONS, KERNELS, STRIDES, EfficientNetConfig
 from vitrail.layers.conv import SameConv2d, SqueezeExcite
+from vitrail.layers.initial import convolutions_as_in_tensorflow, head_as_in_tensorflow
 from vitrail.layers.residual import DropPath
 from vitrail.models.base import ImageModel
 
@@ -130,18 +130,9 @@ class EfficientNet(ImageModel[EfficientNetConfig]):
         | BatchNorm | scale 1, shift 0, running mean 0 and variance 1 |
         | head | uniform within 1 / sqrt(classes); bias `head_bias` |
         """
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                fan_out = layer.weight[0, 0].numel() * layer.out_channels // layer.groups
-                nn.init.normal_(layer.weight, std=math.sqrt(2.0 / fan_out))
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-            elif isinstance(layer, nn.BatchNorm2d):
-                layer.reset_parameters()
+        convolutions_as_in_tensorflow(self)
         if self.head is not None:
-            bound = self.config.num_classes**-0.5
-            nn.init.uniform_(self.head.weight, -bound, bound)
-            nn.init.constant_(self.head.bias, self.config.head_bias)
+            head_as_in_tensorflow(self.head, self.config.head_bias)
 
 
 def _stages(config: EfficientNetConfig) -> list[list[MBConv]]:

@@ -9,7 +9,6 @@ the paper's own Torch code pads an even picture on both sides at stride 2. There
 share no weights of this family under settled ones.
 """
 
-import math
 from itertools import pairwise
 from typing import cast, final
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from vitrail.config.wide_resnet import WideResNetConfig
 from vitrail.layers.conv import SameConv2d
+from vitrail.layers.initial import convolutions_as_in_tensorflow, head_as_in_tensorflow
 from vitrail.layers.residual import DropPath
 from vitrail.models.base import ImageModel
 
@@ -105,15 +105,9 @@ class WideResNet(ImageModel[WideResNetConfig]):
         | BatchNorm | scale 1, shift 0, running mean 0 and variance 1 |
         | head | uniform within 1 / sqrt(classes); bias `head_bias` |
         """
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=math.sqrt(2.0 / layer.weight[:, 0].numel()))
-            elif isinstance(layer, nn.BatchNorm2d):
-                layer.reset_parameters()
+        convolutions_as_in_tensorflow(self)
         if self.head is not None:
-            bound = self.config.num_classes**-0.5
-            nn.init.uniform_(self.head.weight, -bound, bound)
-            nn.init.constant_(self.head.bias, self.config.head_bias)
+            head_as_in_tensorflow(self.head, self.config.head_bias)
 
 
 def _stages(config: WideResNetConfig) -> list[list[WideBlock]]:

@@ -6,6 +6,13 @@ from vitrail.config.run import AugmentConfig, InputConfig, LoopConfig, OptimConf
 from vitrail.config.vit import ConvStem, ViTConfig
 from vitrail.presets.base import Preset
 
+CIFAR = InputConfig(
+    crop_fraction=1.0,
+    val_fraction=0.02,
+    mean=(0.5071, 0.4865, 0.4409),
+    std=(0.2673, 0.2564, 0.2762),
+)
+
 # Convolutions see first, attention then weighs what they found: 0.68 M parameters, 49 tokens.
 FAST = ViTConfig(
     image_size=(32, 32),
@@ -25,12 +32,7 @@ CIFAR100_10MIN = Preset(
     purpose="the best that ten minutes on two CPU cores make of CIFAR-100 (--data: the official binary folder)",
     config=RunConfig(
         model=FAST,
-        input=InputConfig(
-            crop_fraction=1.0,
-            val_fraction=0.02,
-            mean=(0.5071, 0.4865, 0.4409),
-            std=(0.2673, 0.2564, 0.2762),
-        ),
+        input=CIFAR,
         augment=AugmentConfig(crop="padded", pad=2),
         recipe=SupervisedConfig(label_smoothing=0.1),
         # Muon needs half the epochs that AdamW needs here.

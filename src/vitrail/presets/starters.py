@@ -8,7 +8,7 @@ from vitrail.config.masked import MaskedConfig
 from vitrail.config.run import AugmentConfig, InputConfig, LoopConfig, OptimConfig, RunConfig, SupervisedConfig
 from vitrail.config.vit import ViTConfig
 from vitrail.presets.base import Preset
-from vitrail.presets.small import SMALL_PRESETS
+from vitrail.presets.small import CIFAR, SMALL_PRESETS
 from vitrail.weights import MINI
 
 DEMO = Preset(
@@ -45,12 +45,7 @@ CIFAR100 = Preset(
             pool="gap",
             positions="learned-patches",
         ),
-        input=InputConfig(
-            crop_fraction=1.0,
-            val_fraction=0.02,
-            mean=(0.5071, 0.4865, 0.4409),
-            std=(0.2673, 0.2564, 0.2762),
-        ),
+        input=CIFAR,
         # So few passes over the data underfit, so there is no label smoothing, and little shift.
         augment=AugmentConfig(crop="padded", pad=2),
         optim=OptimConfig(lr=1.5e-3, weight_decay=0.05, warmup_steps=300, ema=0.998),

@@ -11,6 +11,19 @@ from vitrail.presets.vit import INCEPTION, vit_protocol
 # Few-shot ImageNet top-1 from 5 and 10 pictures per class, and how long they trained for it, in batches of 4,096.
 FEW_SHOT = {"vit-giant14": (82.7, 84.5, "6.3"), "vit-gigantic14": (83.0, 84.9, "5")}
 
+ADAFACTOR = OptimConfig(
+    name="adafactor",
+    lr=8e-4,
+    weight_decay=0.03,
+    head_decay=3.0,
+    clip_norm=1.0,
+    schedule="rsqrt",
+    rsqrt_timescale=10_000,
+    warmup_steps=10_000,
+    cooldown_steps=50_000,
+)
+MILLION = LoopConfig(batch_size=16_384, steps=1_000_000)
+
 
 def pre_training(name: str) -> Preset:
     """Return how a model is pre-trained on JFT-3B. The configuration is g/14's, and says that G/14's is the same."""
@@ -24,18 +37,8 @@ def pre_training(name: str) -> Preset:
             input=InputConfig(interpolation="bilinear", val_fraction=data.held_out),
             augment=INCEPTION,
             recipe=SupervisedConfig(loss="sigmoid"),
-            optim=OptimConfig(
-                name="adafactor",
-                lr=8e-4,
-                weight_decay=0.03,
-                head_decay=3.0,
-                clip_norm=1.0,
-                schedule="rsqrt",
-                rsqrt_timescale=10_000,
-                warmup_steps=10_000,
-                cooldown_steps=50_000,
-            ),
-            loop=LoopConfig(batch_size=16_384, steps=1_000_000),
+            optim=ADAFACTOR,
+            loop=MILLION,
         ),
         source="Scaling ViTs, arXiv 2106.04560, section 3; google-research/big_vision "
         "configs/proj/scaling_laws/train_vit_g.py",

@@ -10,6 +10,7 @@ from vitrail.presets.augreg import MIXES
 from vitrail.presets.base import Preset
 from vitrail.presets.data_sets import DATA_SETS
 from vitrail.presets.vit import HEAD_KEPT, INCEPTION, STEPS, vit_protocol
+from vitrail.presets.vit_g import ADAFACTOR, MILLION
 
 PAPER = "V-MoE, arXiv 2106.05974"
 CONFIGS = "google-research/vmoe configs/vmoe_paper"
@@ -152,18 +153,8 @@ LARGEST_JFT3B = Preset(
     config=_pre_training(
         replace(LARGEST, head_bias=-math.log(DATA_SETS["jft3b"].classes)),
         "jft3b",
-        optim=OptimConfig(
-            name="adafactor",
-            lr=8e-4,
-            weight_decay=0.03,
-            head_decay=3.0,
-            clip_norm=1.0,
-            schedule="rsqrt",
-            rsqrt_timescale=10_000,
-            warmup_steps=10_000,
-            cooldown_steps=50_000,
-        ),
-        loop=LoopConfig(batch_size=16_384, steps=1_000_000),
+        optim=ADAFACTOR,
+        loop=MILLION,
     ),
     source=f"{PAPER}, section 4 and appendix; Adafactor and schedule: google-research/vmoe vmoe/train",
     published="fine-tuned: ImageNet 90.35 %",
