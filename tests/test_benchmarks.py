@@ -17,7 +17,9 @@ from vitrail.data.class_tree import read_class_tree
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import gpu  # noqa: E402
 import recipes  # noqa: E402
+import two_moons  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +179,7 @@ def test_an_experiment_that_fails_does_not_stop_the_others(cifar: Path, tmp_path
     monkeypatch.setattr(recipes, "run_training", fails)
     assert run(cifar, tmp_path, "semantic", "ten-minutes", "--seeds", "1") == 2
     assert "semantic: the loss is nan" in capsys.readouterr().err
-    assert rows_of(tmp_path).keys() == {("ten-minutes", "cifar100-10min-cpu", 0)}
+    assert {experiment for experiment, _, _ in rows_of(tmp_path)} == {"ten-minutes"}
 
 
 @pytest.mark.slow
@@ -190,3 +192,31 @@ def test_fine_tuning_photos(cifar: Path, tmp_path: Path) -> None:
         Image.fromarray(rng.integers(0, 256, (40, 44, 3), dtype=np.uint8)).save(place / f"{number}.png")
     assert run(cifar, tmp_path, "finetune", "--seeds", "1", "--photos", str(tmp_path / "photos")) == 0
     assert len(rows_of(tmp_path)) == 4
+
+
+def test_two_moons_are_three_labels_each_and_students_of_a_seed_start_alike(capsys) -> None:
+    two_moons.main(["--seeds", "1", "--steps", "2"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in two_moons.ARMS)
+    points = two_moons.Points.draw(np.random.default_rng(0))
+    assert points.moons[: 2 * two_moons.LABELS].bincount().tolist() == [3, 3]
+    assert points.inputs.abs().max() <= 1
+    first = [two_moons.learner_of(recipe, 3).model.state_dict() for recipe in two_moons.ARMS.values()]
+    assert all((state["net.0.weight"] == first[0]["net.0.weight"]).all() for state in first)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, when it first compiles
+def test_what_a_gpu_is_to_measure_is_rehearsed_on_any_machine(cifar: Path, tmp_path: Path, capsys) -> None:
+    """Two calls: the first finds its time over after its first stages, the second goes on with the rest."""
+    data = ["--cifar100", str(cifar), "--seeds", "1", "--tiny"]
+    assert gpu.main([str(tmp_path), *gpu.STAGES[:1], *data]) == 0
+    first = json.loads((tmp_path / "gpu.json").read_text())
+    assert gpu.main([str(tmp_path), *data, "--minutes", "0"]) == 3
+    assert json.loads((tmp_path / "gpu.json").read_text()) == first
+    assert gpu.main([str(tmp_path), *data]) == 0
+    rows = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name.partition("/")[0] for name in rows} == set(gpu.STAGES)
+    assert rows.items() >= first.items()
+    out = capsys.readouterr().out
+    assert all(f"| {name.partition(', seed')[0]} |" in out for name in rows)
+    assert {name for name in gpu.GOALS if "cifar10-" not in name} <= {name.partition(", seed")[0] for name in rows}

@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 
 import vitrail
 from vitrail.cli.console import Console, two_columns
-from vitrail.cli.models import convert, models
+from vitrail.cli.models import benchmark, convert, models
 from vitrail.cli.pictures import check, compare, evaluate, predict
 from vitrail.cli.probing import embed, probe
 from vitrail.cli.training import demo, train
@@ -34,6 +34,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "convert": convert,
     "check": check,
     "compare": compare,
+    "benchmark": benchmark,
 }
 
 

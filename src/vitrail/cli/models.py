@@ -1,4 +1,4 @@
-"""The verbs about models themselves: `models` and `convert`."""
+"""The verbs about models themselves: `models`, `convert` and `benchmark`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -84,6 +84,48 @@ def convert(
     console = Console(highlight=False, soft_wrap=True)
     for name, value in facts.items():
         console.print(f"{name:>10}  {value:,}" if isinstance(value, int) else f"{name:>10}  {value}", markup=False)
+    return 0
+
+
+def benchmark(
+    model: Positional[Annotated[str, tyro.conf.arg(metavar="[MODEL]")]] = "vit-s16",
+    *,
+    batch_size: int | None = None,
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    json: bool = False,
+) -> int:
+    """Measure this machine: training, answers and loading, beside its own limits and beside timm if installed.
+
+    Args:
+        model: A model name or leaderboard alias; it gets fresh weights.
+        batch_size: Pictures at a time; by default 8 on a CPU, 128 on a GPU.
+        precision: Of matrix products; auto takes what training would take.
+        json: Print one JSON document on stdout.
+    """
+    from vitrail.benchmark import benchmark as measure
+
+    console = Console(highlight=False, soft_wrap=True)
+    quiet = Console(stderr=True, highlight=False, soft_wrap=True)
+    speed = measure(model, batch_size=batch_size, precision=precision, tell=lambda what: quiet.print(f"{what} ..."))
+    if json:
+        return print_json(speed.to_json())
+    console.print(f"{speed.device}, {speed.threads} threads, {speed.precision}, {speed.batch_size} pictures at a time")
+    limits = Table("limit", Column("per second", justify="right"), box=None, padding=(0, 2, 0, 0))
+    for name, timing in speed.limits.matmul.items():
+        limits.add_row(f"matrix products in {name}", f"{timing.rate / 1e9:,.0f} GFLOP")
+    limits.add_row("copies in memory, read and written", f"{speed.limits.copy.rate / 1e9:,.1f} GB")
+    limits.add_row("JPEGs of 500 x 375 decoded, one core", f"{speed.limits.decode.rate:,.0f}")
+    console.print(limits, "")
+    right = [Column(name, justify="right") for name in ("pictures/s", "spread", "of matrix products", "of timm's rate")]
+    rates = Table(model, *right, box=None, padding=(0, 2, 0, 0))
+    for name, timing in speed.rates.items():
+        share, theirs = speed.share(name), speed.peers.get(name)
+        beside = "" if theirs is None else f"{timing.times(theirs):.2f}"
+        part = "" if share is None else f"{share:.0%}"
+        rates.add_row(name, f"{timing.rate:,.1f}", f"{timing.spread:.0%}", part, beside)
+    console.print(rates, "")
+    for sentence in speed.words():
+        console.print(sentence, markup=False)
     return 0
 
 

@@ -13,6 +13,7 @@ from vitrail.presets.meta_pseudo_labels import MPL_PRESETS
 from vitrail.presets.plain_vit import PLAIN_VIT_PRESETS
 from vitrail.presets.sam import SAM_PRESETS
 from vitrail.presets.small import SMALL_PRESETS
+from vitrail.presets.speedruns import SPEEDRUNS
 from vitrail.presets.starters import STARTERS
 from vitrail.presets.tiny import tiny
 from vitrail.presets.vit import VIT_PRESETS
@@ -24,6 +25,7 @@ __all__ = ["PAPERS", "PRESETS", "Preset", "preset", "preset_name", "tiny"]
 PAPERS: dict[str, dict[str, Preset]] = {
     "starters": STARTERS,
     "small": SMALL_PRESETS,
+    "speedruns": SPEEDRUNS,
     "sam": SAM_PRESETS,
     "meta-pseudo-labels": MPL_PRESETS,
     "vit": VIT_PRESETS,
