@@ -173,7 +173,7 @@ def drawing(panels: dict[str, Tensor], points: Points) -> str:
             zip(points.inputs.view(-1, 2).tolist(), answers.tolist(), strict=True)
         ):
             ring = number < 2 * LABELS
-            if number % 4 and not ring:
+            if number % 8 > 1 and not ring:  # as many points of either moon
                 continue
             at = f'cx="{left + wide * (x + 1.2) / 2.4:.1f}" cy="{30 + high * (0.5 - y / 1.8):.1f}"'
             paint = (
