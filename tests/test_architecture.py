@@ -23,7 +23,7 @@ FLOORS = [
     ["prediction", "training"],
     ["explain", "zoo", "check", "embedding"],
     ["report", "leaderboard", "probe"],
-    ["runs", "compare"],
+    ["runs", "compare", "benchmark"],
     ["demo"],
     ["cli"],
     ["__init__", "__main__"],

@@ -42,8 +42,8 @@ CIFAR100_10MIN = Preset(
         ),
         loop=LoopConfig(batch_size=192, epochs=4.8, eval_every=10_000),
     ),
-    measured="Measured: 63.5 % top-1 on the test pictures (three seeds), 9 min 27 s on two CPU cores; where they have AMX, "
-    "--loop.precision bf16 --loop.epochs 9.6 make 67.7 % in 8 min.",
+    measured="Measured: 63.5 % top-1 on the test pictures (three seeds), 9 min 27 s on two CPU cores; where they have "
+    "AMX, --loop.precision bf16 --loop.epochs 9.6 make 67.7 % in 8 min.",
 )  # fmt: skip
 
 MINI = Preset(

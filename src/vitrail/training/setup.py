@@ -232,7 +232,9 @@ def resolve_length(config: RunConfig, parts: Parts) -> RunConfig:
 
 
 def seconds_per_step(config: RunConfig, parts: Parts, trial_seconds: float = 5.0) -> float:
-    """Measure one update in a trial, with its share of the run's ten evaluations; the slowest process counts.
+    """Measure one update in a trial; the slowest process counts.
+
+    In a run of so many minutes it is given its share of the run's ten evaluations.
 
     Where the head learns alone at first, that is measured for itself: it is cheaper than the rest.
     """
@@ -244,12 +246,12 @@ def seconds_per_step(config: RunConfig, parts: Parts, trial_seconds: float = 5.0
             learner.schedule(0, TRIAL_RUN)
             head_seconds = _measured(learner, stream, parts.device, trial_seconds)
             step_seconds += (head_seconds - step_seconds) * alone / TRIAL_RUN
-    # An evaluation costs about a third of training per picture: forward without backward.
-    val = len(parts.data.val) if parts.data.val is not None else 0
-    evaluation_seconds = 11 * val / config.loop.batch_size * step_seconds / 3
-    budget = 60 * (config.minutes or 1.0)
-    share = max(0.1, 1 - evaluation_seconds / budget)
-    return max(float(s) for s in gather_objects(step_seconds / share))  # pyright: ignore[reportArgumentType]
+    if config.minutes is not None:
+        # An evaluation costs about a third of training per picture: forward without backward.
+        val = len(parts.data.val) if parts.data.val is not None else 0
+        evaluation_seconds = 11 * val / config.loop.batch_size * step_seconds / 3
+        step_seconds /= max(0.1, 1 - evaluation_seconds / (60 * config.minutes))
+    return max(float(s) for s in gather_objects(step_seconds))  # pyright: ignore[reportArgumentType]
 
 
 def _measured(learner: Learner, stream: Stream, device: torch.device, trial_seconds: float) -> float:
