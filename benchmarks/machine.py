@@ -1,6 +1,7 @@
 """What every result names: date, machine, versions."""
 
 import platform
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -20,6 +21,11 @@ def describe() -> str:
         f"{date.today()}, {processor}, {threads} threads, {platform.system()} {platform.release()}, "
         f"Python {platform.python_version()}, torch {torch.__version__}, vitrail {vitrail.__version__}"
     )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def write_result(name: str, command: str, body: str) -> Path:

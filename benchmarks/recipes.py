@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from experiments import CIFAR, CIFAR10, EXPERIMENTS, PER_CLASS, PHOTOS, SMALL, Arm, Experiment, Places
-from machine import describe
+from machine import describe, table
 from scipy.stats import t as student
 
 from vitrail.checkpoints import load_model
@@ -192,11 +192,6 @@ def compared(ours: Sequence[float], theirs: Sequence[float]) -> tuple[str, str, 
     low, high = mean(apart) - half, mean(apart) + half
     verdict = "helps" if low > 0 else "hurts" if high < 0 else "no effect"
     return f"{mean(apart):+.2f}", f"{low:+.2f} to {high:+.2f}", verdict
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def command(text: str, threads: int, seeds: int | None, precision: str) -> str:

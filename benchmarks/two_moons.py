@@ -15,8 +15,8 @@ from statistics import mean, stdev
 
 import numpy as np
 import torch
-from machine import write_result
-from recipes import compared, table
+from machine import table, write_result
+from recipes import compared
 from torch import Tensor, nn
 
 from vitrail.config.meta_pseudo_labels import MetaPseudoLabelsConfig

@@ -217,25 +217,52 @@ def grids(draw: st.DrawFn) -> tuple[Tensor, int]:
     return gates, draw(st.integers(1, experts))
 
 
-@settings(max_examples=150, deadline=None)
-@given(grids(), st.integers(1, 8), st.booleans())
+@settings(max_examples=200, deadline=None)
+@given(grids(), st.integers(1, 8), st.booleans(), st.sampled_from([None, 1, 4]))
 def test_full_experts_turn_away_whom_the_official_order_says(
-    drawn: tuple[Tensor, int], places: int, batch_priority: bool
+    drawn: tuple[Tensor, int], places: int, batch_priority: bool, multiple: int | None
 ) -> None:
     gates, choices = drawn
     groups, _, count = gates.shape
     experts = first_largest(gates, choices)
     priority = gates.gather(-1, experts)[..., 0] if batch_priority else None
-    seats = seats_by_capacity(experts, count, places, priority)
-    assert (seats.blocks, seats.rows, seats.more) == (count, groups * places, None)
-    seated = seats.row < seats.blocks * seats.rows
+    seats = seats_by_capacity(experts, count, places, priority, multiple)
+    seated = seats.row < seats.rows
     for group in range(groups):
         chosen, kept = routed_by_loops(gates[group].tolist(), choices, places, batch_priority=batch_priority)
         assert experts[group].tolist() == chosen
         assert seated[group].tolist() == kept
     rows = seats.row[seated]
     assert len(rows.unique()) == len(rows)
-    assert torch.equal(rows // seats.rows, experts[seated])
+    if multiple is None:
+        assert (seats.rows, seats.ends, seats.more) == (count * groups * places, None, None)
+        owners = rows // (groups * places)
+    else:
+        assert seats.ends is not None
+        lengths = [-(-int((experts[seated] == expert).sum()) // multiple) * multiple for expert in range(count)]
+        assert seats.ends.tolist() == [*np.cumsum(lengths)[:-1], seats.rows]
+        assert sum(lengths) <= seats.rows <= min(experts.numel(), count * groups * places) + count * (multiple - 1)
+        owners = torch.searchsorted(seats.ends, rows.int(), right=True)
+    assert torch.equal(owners, experts[seated])
+
+
+@settings(max_examples=100, deadline=None)
+@given(grids(), st.integers(1, 6), st.floats(0.0, 1.0))
+def test_experts_have_as_many_rows_as_choices_however_uneven_these_are(
+    drawn: tuple[Tensor, int], crowd: int, nowhere: float
+) -> None:
+    gates, choices = drawn
+    count = gates.shape[-1]
+    experts = first_largest(gates, choices) % crowd
+    experts = experts.masked_fill(torch.rand(gates.shape[:2])[..., None] < nowhere, count)
+    seats = seats_by_capacity(experts, count, experts[0].numel(), multiple=1)
+    real = experts < count
+    rows = seats.row[real]
+    assert seats.rows == experts.numel()
+    assert sorted(rows.tolist()) == list(range(int(real.sum())))
+    assert (seats.row[~real] == seats.rows).all()
+    assert seats.ends is not None
+    assert torch.equal(torch.searchsorted(seats.ends, rows.int(), right=True), experts[real])
 
 
 @settings(max_examples=150, deadline=None)
@@ -249,13 +276,13 @@ def test_there_is_a_seat_for_all_however_uneven_the_choices(
     experts = experts.masked_fill(torch.rand(gates.shape[:2])[..., None] < nowhere, count)
     seats = seats_for_all(experts, count)
     real = experts < count
-    assert torch.equal(seats.row < seats.blocks * seats.rows, real)
+    assert torch.equal(seats.row < seats.rows, real)
     rows = seats.row[real]
     assert len(rows.unique()) == len(rows)
     assert seats.more is not None
     owners = torch.cat([torch.arange(count), seats.more])
-    assert len(owners) == seats.blocks < 2 * count
-    assert torch.equal(owners[rows // seats.rows], experts[real])
+    assert len(owners) < 2 * count
+    assert torch.equal(owners[rows // (seats.rows // len(owners))], experts[real])
 
 
 @pytest.mark.parametrize(
@@ -319,6 +346,89 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(
             for expert, there in zip(row, held, strict=True):
                 expected[token] += gates[token, expert] * answers[token, expert] * there
     assert torch.allclose(y.flatten(0, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+# Rows that follow close upon each other, for grouped products, and rows in blocks
+
+
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "multiple_of_rows", lambda *_: None)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_grouped_products_do_what_batched_ones_do(seed: int, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers and gradients, with experts that nobody chooses, one that all do, and choices that are turned away."""
+    rng = np.random.default_rng(seed)
+    experts, pictures = int(rng.integers(1, 9)), int(rng.integers(1, 10))
+    changes = {
+        "experts": experts,
+        "experts_per_token": min(experts, int(rng.integers(1, 4))),
+        "train_capacity_factor": float(rng.choice([0.3, 1.05, 4.0])),
+        "batch_priority": bool(rng.integers(2)),
+        "noise_std": 0.0,
+    }
+    mixture = mixture_of(**changes).train(training)
+    with torch.no_grad():
+        kernel = mixture.router.dense.weight
+        kernel[: experts // 2] *= rng.choice([0.0, 1.0, 30.0])
+        kernel.copy_(kernel[torch.from_numpy(rng.permutation(experts))])
+    x = torch.tensor(rng.normal(size=(pictures, 7, 16)), dtype=torch.float32)
+    weights = torch.tensor(rng.normal(size=x.shape), dtype=torch.float32)
+
+    def answered() -> list[Tensor]:
+        tokens = x.clone().requires_grad_()
+        y, routing = mixture(tokens)
+        loss = (y * weights).sum() + routing.importance.sum()
+        return [y, routing.kept.float(), *torch.autograd.grad(loss, [tokens, *mixture.parameters()])]
+
+    assert mixture.experts.multiple_of_rows(x) == 1
+    grouped = answered()
+    in_blocks(monkeypatch)
+    for ours, wanted in zip(grouped, answered(), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_in_mixed_precision_grouped_products_round_as_batched_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture, x = mixture_of(noise_std=0.0), torch.randn(8, 9, 16)
+
+    def answered() -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, _ = mixture(x)
+        return [y, *torch.autograd.grad(y.square().sum(), list(mixture.parameters()))]
+
+    grouped = answered()
+    in_blocks(monkeypatch)
+    for ours, wanted in zip(grouped, answered(), strict=True):
+        assert ours.dtype == wanted.dtype == torch.float32
+        assert (ours - wanted).abs().max() <= 0.03 * wanted.abs().max()
+
+
+def test_grouped_products_are_taken_where_they_are_fast_and_ask_nothing_of_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, cpu, gpu = moe.multiple_of_rows, torch.device("cpu"), torch.device("cuda")
+    assert (rows(cpu, torch.float32, (768, 3072)), rows(cpu, torch.bfloat16, (768, 3072))) == (1, 16)
+    assert (rows(cpu, torch.float32, (16, 20)), rows(cpu, torch.bfloat16, (16, 20))) == (1, None)  # 16 bytes
+    assert rows(cpu, torch.float64, (16, 16)) is rows(torch.device("meta"), torch.float32, (16, 16)) is None
+    for major, multiple in ((8, None), (9, 16), (10, None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        assert rows(gpu, torch.bfloat16, (768, 3072)) == multiple
+        assert rows(gpu, torch.float32, (768, 3072)) is None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert (rows(cpu, torch.bfloat16, (16, 24)), rows(cpu, torch.float32, (16, 24))) == (16, None)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert rows(cpu, torch.bfloat16, (16, 24)) is None
+
+
+def test_what_is_turned_away_leaves_no_trace_in_gradients() -> None:
+    """torch leaves open what stands in rows that no expert has: nothing may come from there."""
+    mixture = mixture_of(train_capacity_factor=0.01, noise_std=0.0)
+    x = torch.randn(8, 40, 16)
+    y, routing = mixture(x)
+    assert routing.kept.float().mean() < 0.1
+    for gradient in torch.autograd.grad(y.sum(), list(mixture.parameters())):
+        assert gradient.isfinite().all()
 
 
 @torch.no_grad()

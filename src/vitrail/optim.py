@@ -3,17 +3,19 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from vitrail.config.run import OptimConfig
 from vitrail.errors import UserError
 from vitrail.models.base import ImageModel
-from vitrail.optimizers import Adafactor, Muon, RMSProp
+from vitrail.optimizers import Adafactor, AdamW8bit, Muon, RMSProp
 
 
 def prepare(model: ImageModel, config: OptimConfig) -> None:
@@ -54,7 +56,7 @@ def parameter_groups(model: ImageModel, config: OptimConfig) -> list[dict[str, A
 
     Weight decay touches kernels only (big_vision: parameters named `kernel`), no bias, norm, class token, probe or
     position, unless `config.decay` is "all". Each group carries `lr_scale`, its factor on the schedule (BEiT, arXiv
-    2106.08254, appendix).
+    2106.08254, appendix). With `config.in_backward` each parameter is a group of its own.
     """
     top = len(model.blocks()) + 1
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -76,7 +78,8 @@ def parameter_groups(model: ImageModel, config: OptimConfig) -> list[dict[str, A
             settings["matrices"] = kernel and _is_hidden_matrix(model, name, parameter)
             if settings["matrices"]:
                 settings["parts"] = _parts(name)
-        groups.setdefault(tuple(settings.items()), {"params": [], **settings})["params"].append(parameter)
+        alike = (name if config.in_backward else None, *settings.items())
+        groups.setdefault(alike, {"params": [], **settings})["params"].append(parameter)
     return list(groups.values())
 
 
@@ -105,7 +108,18 @@ def _heads_apart(model: ImageModel, name: str, kernel: Tensor) -> tuple[int, ...
 
 
 def build_optimizer(model: ImageModel, config: OptimConfig) -> Optimizer:
-    """Return the optimizer of a model's trainable parameters."""
+    """Return the optimizer of a model's trainable parameters.
+
+    Raises:
+        UserError: When updates are to happen in the backward pass, and there are several processes.
+    """
+    optimizer = _optimizer(model, config)
+    if config.in_backward:
+        update_in_backward(optimizer)
+    return optimizer
+
+
+def _optimizer(model: ImageModel, config: OptimConfig) -> Optimizer:
     groups = parameter_groups(model, config)
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     match config.name:
@@ -116,12 +130,44 @@ def build_optimizer(model: ImageModel, config: OptimConfig) -> Optimizer:
         case "rmsprop":
             return RMSProp(groups, lr=config.lr, momentum=config.momentum)
         case "adamw":
+            if config.moments == "8bit":
+                return AdamW8bit(groups, lr=config.lr, betas=config.betas)
             return AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
         case "muon":
             return Muon(groups, lr=config.lr, momentum=config.momentum, betas=config.betas, fused=fused)
         case "adafactor":
-            experts = getattr(model.config, "experts", 0)
-            return Adafactor(groups, lr=config.lr, min_dim_size_to_factor=max(32, experts + 1))
+            least = max(32, getattr(model.config, "experts", 0) + 1)
+            eight_bits = config.moments == "8bit"
+            return Adafactor(groups, lr=config.lr, min_dim_size_to_factor=least, eight_bits=eight_bits)
+
+
+def update_in_backward(optimizer: Optimizer) -> None:
+    """Update each parameter in the backward pass as soon as its gradient is there, and let go of the gradient.
+
+    So never more gradients are held than the pass is working on (LOMO: Lv et al., 2023, arXiv 2306.09782, section 3.1).
+    The weights become what `step` would make of them after the pass; called then, it finds no gradient left.
+
+    Args:
+        optimizer: Of groups of one parameter each.
+
+    Raises:
+        UserError: When there are several processes: their gradients are averaged only after the pass.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError("--optim.in-backward updates weights by this process's gradients alone: use one process.")
+
+    def update(number: int, parameter: Tensor) -> None:
+        groups = optimizer.param_groups
+        optimizer.param_groups = groups[number : number + 1]
+        try:
+            optimizer.step()
+        finally:
+            optimizer.param_groups = groups
+        parameter.grad = None
+
+    for number, group in enumerate(optimizer.param_groups):
+        (parameter,) = group["params"]
+        parameter.register_post_accumulate_grad_hook(partial(update, number))
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:

@@ -187,6 +187,12 @@ class OptimConfig:
     """`exponential`: steps at one learning rate."""
     ema: float = 0.0
     """Decay of the averaged weights (EMA, Polyak), which are then evaluated and shipped; 0 is off."""
+    moments: Literal["full", "8bit"] = "full"
+    """AdamW, Adafactor: `8bit` holds what is averaged over gradients in a byte per weight, for models that would not
+    fit otherwise: AdamW in 2 bytes where it takes 8, Adafactor in 1 where it takes 2."""
+    in_backward: bool = False
+    """Update each weight as soon as the backward pass has its gradient, and forget that: 4 bytes less per weight. There
+    is one backward pass per update then, in one process, and no `clip_norm`."""
 
     def __post_init__(self) -> None:
         _require_finite(self, "optim.")
@@ -207,6 +213,12 @@ class OptimConfig:
             raise UserError(f"--optim.betas must lie in [0, 1), not {self.betas}.")
         if not 0 <= self.momentum < 1:
             raise UserError(f"--optim.momentum must lie in [0, 1), not {self.momentum}.")
+        if self.moments == "8bit" and self.name not in ("adamw", "adafactor"):
+            raise UserError(f"--optim.moments 8bit needs --optim.name adamw or adafactor, not {self.name}.")
+        if self.in_backward and self.clip_norm:
+            raise UserError(
+                "--optim.in-backward comes before the norm of all gradients is known: add --optim.clip-norm 0."
+            )
         if self.nesterov and (self.name != "sgd" or not self.momentum):
             raise UserError("--optim.nesterov needs --optim.name sgd and --optim.momentum above 0.")
         if self.head_decay is not None and self.head_decay < 0:

@@ -1,18 +1,21 @@
 """Sparse mixture of experts (Riquelme et al., 2021, arXiv 2106.05974, section 2; vmoe `nn/routing.py`, `moe.py`).
 
-A router picks k of E feed-forward networks for each token. Experts work side by side, on buffers of fixed size that
-tokens are written to and read from by index, so that the device never waits for the host to count tokens.
+A router picks k of E feed-forward networks for each token. Experts work side by side, on a buffer of fixed size that
+tokens are written to and read from by index, so that the device never waits for the host to count tokens. In it the
+rows of the experts follow close upon each other, for grouped matrix products (MegaBlocks, arXiv 2211.15841, section 4);
+where there are none (`multiple_of_rows`), they stand in blocks of equal size, for batched ones.
 
-Axes: `g` groups of tokens that compete for places, `s` tokens of a group, `k` choices of a token, `e` experts;
-`blocks` and `rows` of the buffer that the experts read.
+Axes: `g` groups of tokens that compete for places, `s` tokens of a group, `k` choices of a token, `e` experts; `rows`
+of the buffer that the experts read.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,16 +45,17 @@ class Routing(NamedTuple):
 
 
 class Seats(NamedTuple):
-    """Which row of the experts' buffer each choice has."""
+    """Which row of the experts' buffer each choice has, and which rows each expert has."""
 
     row: Int[Tensor, "g s k"]
     """Row in the buffer; one past the last for choices that have none."""
-    blocks: int
-    """Parts of the buffer, each for one expert."""
     rows: int
-    """Rows in a block."""
-    more: Int[Tensor, " more"] | None
-    """Each expert has a block, in order; these have further ones."""
+    """Of the buffer."""
+    ends: Int32[Tensor, " e"] | None = None
+    """Where the rows of each expert end, which follow upon those of the expert before. The last has all that are left.
+    None: all experts have a block of equally many rows, in order."""
+    more: Int[Tensor, " more"] | None = None
+    """The experts of further blocks, where there are any."""
 
 
 class MixtureOfExperts(nn.Module):
@@ -72,13 +76,13 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"]) -> tuple[Float[Tensor, "b n d"], Routing]:
         tokens, filling = self._grouped(x)
         experts, gates, importance, load = self.router(tokens, filling)
-        seats = self._seats(experts, gates)
-        y = self._exchange(tokens, gates, seats)
+        seats = self._seats(experts, gates, self.experts.multiple_of_rows(x))
+        y = combine(self.experts(dispatch(tokens, seats), seats), gates, seats).to(x.dtype)
 
         def ungrouped(grouped: Tensor) -> Tensor:
             return grouped.flatten(0, 1)[: x.shape[0] * x.shape[1]].unflatten(0, x.shape[:2])
 
-        kept = seats.row < seats.blocks * seats.rows
+        kept = seats.row < seats.rows
         return ungrouped(y), Routing(ungrouped(experts), ungrouped(gates), ungrouped(kept), importance, load)
 
     def init_weights(self) -> None:
@@ -96,22 +100,13 @@ class MixtureOfExperts(nn.Module):
         tokens = F.pad(tokens, (0, 0, 0, groups * size - count)).unflatten(0, (groups, size))
         return tokens, torch.arange(groups * size, device=x.device).view(groups, size) >= count
 
-    def _seats(self, experts: Int[Tensor, "g s k"], gates: Float[Tensor, "g s k"]) -> Seats:
+    def _seats(self, experts: Int[Tensor, "g s k"], gates: Float[Tensor, "g s k"], multiple: int | None) -> Seats:
         factor, count = self.train_capacity_factor if self.training else self.capacity_factor, self.experts.count
-        if factor is None:
+        if factor is None and multiple is None:
             return seats_for_all(experts, count)
-        _, size, choices = experts.shape
-        places = min(capacity(size * choices, count, factor), size)  # no token chooses an expert twice
-        return seats_by_capacity(experts, count, places, gates[:, :, 0] if self.batch_priority else None)
-
-    def _exchange(self, tokens: Float[Tensor, "g s d"], gates: Float[Tensor, "g s k"], seats: Seats) -> Tensor:
-        """Write tokens to their rows, let the experts work, and return the weighted sums of what they answer."""
-        row = seats.row.flatten()
-        copies = repeat(tokens, "g s d -> (g s k) d", k=gates.shape[-1])
-        buffer = tokens.new_zeros(seats.blocks * seats.rows + 1, tokens.shape[-1]).index_copy(0, row, copies)
-        y = self.experts(buffer[:-1].unflatten(0, (seats.blocks, seats.rows)), seats.more)
-        answers = F.pad(y.flatten(0, 1), (0, 0, 0, 1)).index_select(0, row).unflatten(0, gates.shape)
-        return (answers * gates[..., None]).sum(dim=2).to(tokens.dtype)
+        _, size, choices = experts.shape  # no token chooses an expert twice: as many places as tokens are enough
+        places = size if factor is None else min(capacity(size * choices, count, factor), size)
+        return seats_by_capacity(experts, count, places, gates[:, :, 0] if self.batch_priority else None, multiple)
 
 
 class Router(nn.Module):
@@ -167,11 +162,13 @@ class Experts(nn.Module):
         self.down = ExpertLinear(config.experts, config.mlp_dim, config.width)
         self.dropout = nn.Dropout(config.expert_dropout)
 
-    def forward(
-        self, x: Float[Tensor, "blocks rows d"], more: Int[Tensor, " more"] | None = None
-    ) -> Float[Tensor, "blocks rows d"]:
-        """Return what each block's expert makes of it: one block of each expert, then those of the experts `more`."""
-        return self.dropout(self.down(self.dropout(self.act(self.up(x, more))), more))
+    def forward(self, x: Float[Tensor, "rows d"], seats: Seats) -> Float[Tensor, "rows d"]:
+        """Return what the expert of each row makes of it."""
+        return self.dropout(self.down(self.dropout(self.act(self.up(x, seats))), seats))
+
+    def multiple_of_rows(self, x: Tensor) -> int | None:
+        """Return `multiple_of_rows` for such tokens."""
+        return multiple_of_rows(x.device, precision_of(x), self.up.weight.shape[1:])
 
     def init_weights(self) -> None:
         """All experts begin alike (vmoe `MlpMoeBlock.split_rngs`); routing tells them apart."""
@@ -190,14 +187,80 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, width, out))
         self.bias = nn.Parameter(torch.empty(experts, out))
 
-    def forward(
-        self, x: Float[Tensor, "blocks rows width"], more: Int[Tensor, " more"] | None = None
-    ) -> Float[Tensor, "blocks rows out"]:
-        y = torch.baddbmm(self.bias[:, None], x[: len(self.weight)], self.weight)
-        if more is None:
-            return y
-        weight, bias = self.weight.index_select(0, more), self.bias.index_select(0, more)
-        return torch.cat([y, torch.baddbmm(bias[:, None], x[len(self.weight) :], weight)])
+    def forward(self, x: Float[Tensor, "rows width"], seats: Seats) -> Float[Tensor, "rows out"]:
+        if seats.ends is not None:
+            return grouped_products(x, self.weight, self.bias, seats.ends)
+        experts = len(self.weight)
+        blocks = x.unflatten(0, (experts + (0 if seats.more is None else len(seats.more)), -1))
+        y = torch.baddbmm(self.bias[:, None], blocks[:experts], self.weight)
+        if seats.more is not None:
+            weight, bias = self.weight.index_select(0, seats.more), self.bias.index_select(0, seats.more)
+            y = torch.cat([y, torch.baddbmm(bias[:, None], blocks[experts:], weight)])
+        return y.flatten(0, 1)
+
+
+def dispatch(tokens: Float[Tensor, "g s d"], seats: Seats) -> Float[Tensor, "rows d"]:
+    """Return the experts' buffer: each token in the rows of its choices, zeros where nobody sits."""
+    copies = repeat(tokens.to(precision_of(tokens)), "g s d -> (g s k) d", k=seats.row.shape[-1])
+    buffer = copies.new_zeros(seats.rows + 1, copies.shape[-1])
+    return buffer.index_copy_(0, seats.row.flatten(), copies)[:-1]
+
+
+def combine(y: Float[Tensor, "rows d"], gates: Float[Tensor, "g s k"], seats: Seats) -> Float[Tensor, "g s d"]:
+    """Return for each token the sum of what its experts made of it, weighted by their gates."""
+    answers = F.pad(y, (0, 0, 0, 1)).index_select(0, seats.row.flatten()).unflatten(0, gates.shape)
+    return (answers * gates[..., None]).sum(dim=2)
+
+
+def precision_of(x: Tensor) -> torch.dtype:
+    """Return the type in which matrix products of a tensor are computed, in mixed precision or out of it."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
+
+
+def multiple_of_rows(device: torch.device, dtype: torch.dtype, widths: Iterable[int]) -> int | None:
+    """Return of what an expert's rows must be a multiple for grouped products; None where those are not to be taken.
+
+    They have to be fast and ask the host for nothing. On GPUs those of bf16 on Hopper are; elsewhere torch takes one
+    product after the other, whose sizes the host waits for (2.10 to 2.13, `aten/src/ATen/native/GroupedMMUtils.h`). On
+    a CPU just that is fast; but oneDNN, which computes in bf16 there, compiles code for each new number of rows, so
+    these must be few. Exported files know no such operator, compiled ones only that of bf16.
+
+    Args:
+        device: Where to compute.
+        dtype: In what.
+        widths: Of the rows on both sides, which must begin at multiples of 16 bytes.
+    """
+    match device.type:
+        case "cpu":
+            fast = dtype == torch.bfloat16 or (dtype == torch.float32 and not torch.compiler.is_compiling())
+        case "cuda":
+            fast = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
+        case _:
+            fast = False
+    if not fast or torch.compiler.is_exporting() or any(width * dtype.itemsize % 16 for width in widths):
+        return None
+    return 1 if dtype == torch.float32 else 16
+
+
+def grouped_products(
+    x: Float[Tensor, "rows width"],
+    weight: Float[Tensor, "e width out"],
+    bias: Float[Tensor, "e out"],
+    ends: Int32[Tensor, " e"],
+) -> Float[Tensor, "rows out"]:
+    """Return each row times the weight of its expert, plus the bias.
+
+    Args:
+        x: Rows, those of an expert together.
+        weight: Of the experts.
+        bias: Of the experts.
+        ends: Where the rows of each expert end; the last is the number of rows.
+    """
+    y = F.grouped_mm(x, weight.to(x.dtype), offs=ends)
+    row = torch.arange(len(x), device=x.device)[:, None]
+    owned = (row < ends) & (row >= F.pad(ends[:-1], (1, 0)))  # grouped products take no bias: a product adds it
+    return y.addmm_(owned.to(y.dtype), bias.to(y.dtype))
 
 
 def first_largest(gates: Float[Tensor, "g s e"], count: int) -> Int[Tensor, "g s k"]:
@@ -221,7 +284,11 @@ def capacity(choices: int, experts: int, factor: float) -> int:
 
 
 def seats_by_capacity(
-    experts: Int[Tensor, "g s k"], count: int, places: int, priority: Float[Tensor, "g s"] | None = None
+    experts: Int[Tensor, "g s k"],
+    count: int,
+    places: int,
+    priority: Float[Tensor, "g s"] | None = None,
+    multiple: int | None = None,
 ) -> Seats:
     """Seat the choices of each group until the experts are full.
 
@@ -233,17 +300,29 @@ def seats_by_capacity(
         count: Number of experts.
         places: That each expert has for each group.
         priority: Of the tokens.
+        multiple: Experts have as many rows as choices, rounded up to a multiple of this. None: as many as places.
     """
     groups = experts.shape[0]
     if priority is None:
-        queue = _places_in_queue(experts, count)
+        queue, lengths = _queues(experts, count)
     else:
         order = priority.argsort(dim=1, descending=True, stable=True)[..., None].expand_as(experts)
-        queue = _places_in_queue(experts.gather(1, order), count).gather(1, order.argsort(dim=1))
+        queue, lengths = _queues(experts.gather(1, order), count)
+        queue = queue.gather(1, order.argsort(dim=1))
+    rows, ends = count * groups * places, None
+    if multiple is None:
+        starts = places * torch.arange(count * groups, device=experts.device).view(count, groups)
+    else:
+        rows = (min(rows, experts.numel()) + count * (multiple - 1)) // multiple * multiple
+        seated = lengths.clamp(max=places).T
+        taken = (seated.sum(dim=1, keepdim=True) + multiple - 1) // multiple * multiple
+        last = taken.cumsum(dim=0)
+        starts = last - taken + seated.cumsum(dim=1) - seated
+        # What nobody sits in is the last expert's: of rows that are no expert's, torch leaves open what they hold.
+        ends = F.pad(last[:-1, 0], (0, 1), value=rows).int()
     group = torch.arange(groups, device=experts.device)[:, None, None]
-    row = (experts * groups + group) * places + queue
-    seated = (queue < places) & (experts < count)
-    return Seats(row.where(seated, count * groups * places), count, groups * places, None)
+    row = starts[experts.clamp(max=count - 1), group] + queue
+    return Seats(row.where((queue < places) & (experts < count), rows), rows, ends)
 
 
 def seats_for_all(experts: Int[Tensor, "g s k"], count: int) -> Seats:
@@ -259,16 +338,15 @@ def seats_for_all(experts: Int[Tensor, "g s k"], count: int) -> Seats:
     """
     rows = ROOM * -(-experts.numel() // count)
     more = (count - 1) // ROOM  # as large as the sum of (n - 1) // rows over experts with n choices can be
-    queue = _places_in_queue(rearrange(experts, "g s k -> 1 (g s) k"), count).view_as(experts)
-    numbers = torch.arange(count, device=experts.device)
-    choices = (experts.flatten()[:, None] == numbers).sum(dim=0)
-    ends = ((choices - 1).clamp(min=0) // rows).cumsum(0)
+    queue, lengths = _queues(rearrange(experts, "g s k -> 1 (g s) k"), count)
+    queue = queue.view_as(experts)
+    ends = ((lengths[0] - 1).clamp(min=0) // rows).cumsum(0)
     before = F.pad(ends, (1, 0))  # the last for the expert that is none
     turn = queue // rows  # which of its expert's blocks
     block = torch.where(turn == 0, experts, count + before[experts] + turn - 1)
     row = ((block - turn) * rows + queue).where(experts < count, (count + more) * rows)
     owners = (torch.arange(more, device=experts.device)[:, None] >= ends).sum(dim=1).clamp(max=count - 1)
-    return Seats(row, count + more, rows, owners)
+    return Seats(row, (count + more) * rows, more=owners)
 
 
 def imbalance(amounts: Float[Tensor, "g s e"]) -> Float[Tensor, " g"]:
@@ -277,9 +355,12 @@ def imbalance(amounts: Float[Tensor, "g s e"]) -> Float[Tensor, " g"]:
     return total.var(dim=-1, correction=0) / total.mean(dim=-1).square()
 
 
-def _places_in_queue(experts: Int[Tensor, "g s k"], count: int) -> Int[Tensor, "g s k"]:
-    """Return how many choices of the same group and expert come before each: earlier choices, then earlier tokens."""
+def _queues(experts: Int[Tensor, "g s k"], count: int) -> tuple[Int[Tensor, "g s k"], Int[Tensor, "g e"]]:
+    """Return how many choices of the same group and expert come before each, and how many there are.
+
+    Earlier choices come first, then earlier tokens. `count` stands for no expert.
+    """
     queue = rearrange(experts, "g s k -> g (k s) 1")
-    joins = queue == torch.arange(count + 1, device=experts.device)
-    place = joins.cumsum(dim=1).gather(2, queue) - 1
-    return rearrange(place, "g (k s) 1 -> g s k", k=experts.shape[-1])
+    joins = (queue == torch.arange(count + 1, device=experts.device)).cumsum(dim=1)
+    place = joins.gather(2, queue) - 1
+    return rearrange(place, "g (k s) 1 -> g s k", k=experts.shape[-1]), joins[:, -1, :count]

@@ -1,17 +1,20 @@
 """Adafactor as ViT-G trains with it ("Scaling Vision Transformers", Zhai et al., 2022, arXiv 2106.04560, section 3.4).
 
 It needs 2 bytes per weight where AdamW needs 8: the second moment of a matrix is that of its rows times that of its
-columns (Shazeer and Stern, 2018, arXiv 1804.04235), and the first moment is held in bfloat16. Updates are not clipped,
-and do not grow with the weights. Numerically that of google-research/big_vision, `optax.py` `scale_by_adafactor`.
+columns (Shazeer and Stern, 2018, arXiv 1804.04235), and the first moment is held in bfloat16, or in 8 bits. Updates are
+not clipped, and do not grow with the weights. Numerically that of google-research/big_vision, `optax.py`
+`scale_by_adafactor`, but for the 8 bits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, _foreach_add_, _foreach_div, _foreach_lerp_, _foreach_mul, _foreach_mul_, _foreach_sqrt  # pyright: ignore[reportPrivateImportUsage]
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+
+from vitrail.optimizers.base import CountingOptimizer
+from vitrail.optimizers.eight_bits import LEAST, in_blocks, out_of_blocks, pack, unpack
 
 EPS = 1e-30
 """Added to the squared gradient."""
@@ -23,7 +26,7 @@ SHARE = 0.1
 """Of the new update in the first moment, which does not make up for its start at 0."""
 
 
-class Adafactor(Optimizer):
+class Adafactor(CountingOptimizer):
     """Adafactor in big_vision's variant, with the decoupled weight decay of AdamW.
 
     big_vision writes its decay times the peak learning rate; here it is a factor of its own, as everywhere: what its
@@ -39,44 +42,38 @@ class Adafactor(Optimizer):
         weight_decay: Decoupled decay, times the learning rate.
         min_dim_size_to_factor: Size from which on the two largest axes are factored. The official code for mixtures
             sets it above the number of experts (google-research/vmoe), whose axis is never to be one of the two.
+        eight_bits: Whether to hold the first moment in 8 bits, where there are enough (`eight_bits.LEAST`).
     """
 
     def __init__(
-        self, params: ParamsT, lr: float, *, weight_decay: float = 0.0, min_dim_size_to_factor: int = 32
+        self,
+        params: ParamsT,
+        lr: float,
+        *,
+        weight_decay: float = 0.0,
+        min_dim_size_to_factor: int = 32,
+        eight_bits: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
             "min_dim_size_to_factor": min_dim_size_to_factor,
             "shape": None,
-            "step": 0,
         }
         super().__init__(params, defaults)
+        self._eight_bits = eight_bits
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Make one update; the host never waits for the device."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if all(parameter.grad is None for parameter in group["params"]):
-                continue  # learns later: moments and the count that corrects them begin together
-            group["step"] += 1
-            decay = min(DECAY_CAP, 1 - group["step"] ** DECAY_EXPONENT)
-            whole: list[Tensor] = []
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                axes = factored_axes(group["shape"] or parameter.shape, group["min_dim_size_to_factor"])
-                if axes is None:
-                    whole.append(parameter)
-                else:  # one by one, for the room that the updates of large matrices take
-                    self._descend(group, [parameter], [self._factored(group, parameter, axes, decay)])
-            if whole:
-                self._descend(group, whole, self._elementwise(whole, decay))
-        return loss
+    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        decay = min(DECAY_CAP, 1 - group["step"] ** DECAY_EXPONENT)
+        whole: list[Tensor] = []
+        for parameter in parameters:
+            axes = factored_axes(group["shape"] or parameter.shape, group["min_dim_size_to_factor"])
+            if axes is None:
+                whole.append(parameter)
+            else:  # one by one, for the room that the updates of large matrices take
+                self._descend(group, [parameter], [self._factored(group, parameter, axes, decay)])
+        if whole:
+            self._descend(group, whole, self._elementwise(whole, decay))
 
     def _factored(self, group: dict[str, Any], parameter: Tensor, axes: tuple[int, int], decay: float) -> Tensor:
         """Return the gradient over the root of its second moment, which is row times column over their mean."""
@@ -107,17 +104,31 @@ class Adafactor(Optimizer):
 
     def _descend(self, group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor]) -> None:
         """Average the updates over time, then take the step."""
-        for parameter in parameters:
-            if "exp_avg" not in self.state[parameter]:
-                self.state[parameter]["exp_avg"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-        steps = [self.state[parameter]["exp_avg"].float() for parameter in parameters]
+        steps = [self._momentum(parameter) for parameter in parameters]
         _foreach_mul_(steps, MOMENTUM)
         _foreach_add_(steps, updates, alpha=SHARE)
         for parameter, step in zip(parameters, steps, strict=True):
-            # not in place: `load_state_dict` gives moments the type of the weights, and here they regain their own
-            self.state[parameter]["exp_avg"] = step.bfloat16()
+            self._hold(parameter, step)
         _foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         _foreach_add_(parameters, steps, alpha=-group["lr"])
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        """Return the first moment in float32."""
+        state = self.state[parameter]
+        if "exp_avg" not in state:
+            return torch.zeros_like(parameter)
+        if "exp_avg_scale" in state:
+            moment = unpack(state["exp_avg"], state["exp_avg_scale"], signed=True)
+            return out_of_blocks(moment, parameter.shape)
+        return state["exp_avg"].float()
+
+    def _hold(self, parameter: Tensor, moment: Tensor) -> None:
+        """Keep the first moment until the next update."""
+        state = self.state[parameter]
+        if self._eight_bits and moment.numel() >= LEAST:
+            state["exp_avg"], state["exp_avg_scale"] = pack(in_blocks(moment), signed=True)
+        else:
+            state["exp_avg"] = moment.bfloat16()
 
 
 def factored_axes(shape: Sequence[int], least: int) -> tuple[int, int] | None:

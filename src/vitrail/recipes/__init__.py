@@ -45,7 +45,12 @@ def build_learner(
         device: Where to compute.
         precision: Of the matrix products.
         teacher: The model whose answers are learned from, where the recipe names one.
+
+    Raises:
+        UserError: When settings ask of the recipe what it cannot do.
     """
+    if config.optim.in_backward:
+        _require_one_pass(config, precision)
     parts: dict[str, Any] = {
         "augment": Augment(config.augment, model.preprocessing),
         "class_counts": class_counts,
@@ -79,3 +84,16 @@ def build_learner(
             # From weights at hand both start alike: they know more of the classes than a random teacher would teach.
             twin = copy.deepcopy(model) if config.init is not None else None
             return MetaPseudoLabelsLearner(model, config.recipe, config.optim, **parts, teacher=twin)
+
+
+def _require_one_pass(config: RunConfig, precision: Precision) -> None:
+    """Refuse updates in the backward pass where its gradients are not yet those of the update."""
+    if isinstance(config.recipe, SamConfig | MetaPseudoLabelsConfig):
+        reason = "this recipe takes several backward passes for an update"
+    elif config.loop.accumulation > 1:
+        reason = "--loop.accumulation sums the gradients of several backward passes"
+    elif precision == "fp16":
+        reason = "gradients in fp16 are scaled until the pass is over: take --loop.precision bf16 or fp32"
+    else:
+        return
+    raise UserError(f"--optim.in-backward updates weights within a backward pass, but {reason}.")

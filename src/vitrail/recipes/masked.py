@@ -135,6 +135,8 @@ class MaskedLearner(Learner):
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.models)
+        if self.optim.in_backward:
+            return {"loss": loss}  # no gradient is left to be measured
         return {"loss": loss, "gradient_norm": norm}
 
     def shipped_weights(self) -> AbstractContextManager[None]:

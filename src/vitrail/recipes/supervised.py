@@ -74,6 +74,8 @@ class SupervisedLearner(Learner):
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.model)
+        if self.optim.in_backward:
+            return {"loss": loss}  # no gradient is left to be measured
         return {"loss": loss, "gradient_norm": norm}
 
     def _loss(self, answer: Tensor | WithLoss, targets: Tensor, pictures: int) -> Tensor:
