@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 
 import vitrail
 from vitrail.cli.console import Console, two_columns
+from vitrail.cli.explaining import explain
 from vitrail.cli.models import benchmark, convert, models
 from vitrail.cli.pictures import check, compare, evaluate, predict
 from vitrail.cli.probing import embed, probe
@@ -30,6 +31,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "predict": predict,
     "embed": embed,
     "probe": probe,
+    "explain": explain,
     "models": models,
     "convert": convert,
     "check": check,

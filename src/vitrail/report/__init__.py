@@ -6,19 +6,16 @@ The page has no script and loads nothing; its content security policy says so. E
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from vitrail.checkpoints.storage import write_file
 from vitrail.config.run import RunConfig
 from vitrail.data.base import Source
 from vitrail.metrics import Evaluation
 from vitrail.models import ImageModel
 from vitrail.report.attention import attention_section
 from vitrail.report.comparison import Comparison, comparison_section
+from vitrail.report.page import write_page
 from vitrail.report.pretraining import (
     RestoredPicture,
     pretraining_data_section,
@@ -92,7 +89,7 @@ def write_report(
         "configuration": configuration_section(run.config, model.config) if run else None,
         "environment": dict(run.environment) if run else None,
     }
-    _write_page(Path(path), title, sections)
+    write_page(Path(path), "page.html.jinja", title=title, **sections)
 
 
 def write_pretraining_report(
@@ -124,13 +121,4 @@ def write_pretraining_report(
         "configuration": configuration_section(run.config, model.config),
         "environment": dict(run.environment),
     }
-    _write_page(Path(path), title, absent | sections)
-
-
-def _write_page(path: Path, title: str, sections: Mapping[str, object]) -> None:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files("vitrail.report") / "page.html.jinja").read_text(encoding="utf-8"))
-    style = (files("vitrail.report") / "style.css").read_text(encoding="utf-8")
-    page = template.render(title=title, style=style, **sections)
-    # A file name that is not valid UTF-8 carries half characters, which no file can hold.
-    write_file(path, page.encode("utf-8", errors="replace"))
+    write_page(Path(path), "page.html.jinja", title=title, **absent, **sections)

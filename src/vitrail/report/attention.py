@@ -35,7 +35,7 @@ def attention_section(evaluation: Evaluation, source: Source, model: ImageModel)
         "lowest": f"{similarity.min():.2f}".replace("-", "\u2212"),
         # A stem's first kernels are too small to show anything.
         "filters": png_uri(filter_mosaic(patch_filters(model).cpu().numpy())) if model.stem is None else None,
-        "distance": _distance_chart(_mean_distance(sample, source, model), model),
+        "distance": distance_chart(_mean_distance(sample, source, model)),
         "sample": len(sample),
     }
 
@@ -60,7 +60,8 @@ def _mean_distance(sample: list[Answer], source: Source, model: ViT) -> Float[Te
     return torch.stack(distances).mean(dim=0).cpu()
 
 
-def _distance_chart(distance: Float[Tensor, "layers heads"], model: ViT) -> str:
+def distance_chart(distance: Float[Tensor, "layers heads"]) -> str:
+    """Return how far each head looks, by depth, as a chart (ViT paper, figure 7 right)."""
     heads = [(layer + 1, value) for layer, row in enumerate(distance.tolist()) for value in row]
     means = [(layer + 1, value) for layer, value in enumerate(distance.mean(dim=1).tolist())]
     series = [Series("one head", heads, dots=True), Series("mean of heads", means)]

@@ -1,15 +1,17 @@
 """Arrays to pictures inside a page: PNG data URIs, colour maps, overlays and mosaics."""
 
 import base64
+import colorsys
 from io import BytesIO
 
 import numpy as np
-from jaxtyping import Float, UInt8
-from PIL import Image
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
 
 from vitrail.data.base import Picture
 
 SMALL = 64  # pictures with a shorter side below this are shown as crisp squares
+NUMBERED = 22  # pixels along a side of a patch that a number of two digits fits into
 GLOW = np.array((0.46, 0.24, 0.04))  # amber, as red, green and blue in [0, 1]
 
 # Nine even steps of viridis (matplotlib; van der Walt and Smith, 2015): even to the eye, also to a colour-blind one.
@@ -31,9 +33,14 @@ VIRIDIS = np.array(
 
 def png_uri(pixels: UInt8[np.ndarray, "h w c"]) -> str:
     """Return a picture of 1 (grey), 3 (RGB) or 4 (RGB and alpha) channels as a PNG data URI."""
+    return "data:image/png;base64," + base64.b64encode(png_bytes(pixels)).decode("ascii")
+
+
+def png_bytes(pixels: UInt8[np.ndarray, "h w c"]) -> bytes:
+    """Return a picture of 1 (grey), 3 (RGB) or 4 (RGB and alpha) channels as a PNG file."""
     buffer = BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
 
 
 def is_small(pixels: Picture) -> bool:
@@ -55,17 +62,41 @@ def spotlight(
     Brightness is relevance over its largest value, at least a tenth. Dark places glow faintly, because the
     paper's product shows nothing on black. The longer side of the result is about `side`.
     """
-    if is_small(pixels):
-        times = max(1, side // max(pixels.shape[:2]))
-        shown = pixels.repeat(times, axis=0).repeat(times, axis=1)
-    else:
-        shown = thumbnail(pixels, side)
+    shown = enlarged(pixels, side)
     height, width = shown.shape[:2]
-    grid = Image.fromarray((relevance / max(float(relevance.max()), 1e-12)).astype(np.float32))
-    light = np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC))[:, :, None].clip(0.1, 1.0)
+    light = _spread(relevance / max(float(relevance.max()), 1e-12), (height, width))[:, :, None].clip(0.1, 1.0)
     colours = np.broadcast_to(shown, (height, width, 3)) / 255
     darkness = (1 - colours.max(axis=2, keepdims=True)) ** 2
     return (255 * (colours * light + GLOW * darkness * light**2)).round().astype(np.uint8)
+
+
+def heat(
+    pixels: Picture, relevance: Float[np.ndarray, "rows columns"], side: int
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Return the picture in grey under the colours of `relevance`, from its smallest value (violet) to its largest.
+
+    The longer side of the result is about `side`.
+    """
+    shown = enlarged(pixels, side)
+    height, width, channels = shown.shape
+    low, high = float(relevance.min()), float(relevance.max())
+    colours = viridis(_spread((relevance - low) / max(high - low, 1e-12), (height, width))) / 255
+    grey = shown[:, :, 0] if channels == 1 else np.asarray(Image.fromarray(shown).convert("L"))
+    return (255 * (0.45 * grey[:, :, None] / 255 + 0.55 * colours)).round().astype(np.uint8)
+
+
+def enlarged(pixels: Picture, side: int) -> UInt8[np.ndarray, "rows columns c"]:
+    """Return the picture with a longer side of about `side`; small ones keep crisp squares for pixels."""
+    if not is_small(pixels):
+        return thumbnail(pixels, side)
+    times = max(1, side // max(pixels.shape[:2]))
+    return pixels.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def _spread(values: Float[np.ndarray, "rows columns"], size: tuple[int, int]) -> Float[np.ndarray, "height width"]:
+    """Return values of a grid smoothly spread over pixels; a cubic filter, which may go a little beyond them."""
+    grid = Image.fromarray(values.astype(np.float32))
+    return np.asarray(grid.resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 def viridis(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"]:
@@ -117,3 +148,33 @@ def _resized(pixels: Picture, scale: float, kernel: Image.Resampling) -> UInt8[n
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     resized = np.asarray(image.resize((width, height), kernel))
     return resized[:, :, None] if resized.ndim == 2 else resized
+
+
+def expert_mosaic(
+    pixels: Picture, experts: Int[np.ndarray, "rows columns"], kept: Bool[np.ndarray, "rows columns"], side: int
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Return the picture tinted in the colour of the expert that took each patch, with its number; dark where none did.
+
+    The longer side of the result is about `side`, or more where numbers would not fit into a patch.
+    """
+    rows, columns = experts.shape
+    cell = max(NUMBERED, round(side / max(rows, columns)))
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    grey = np.asarray(image.convert("L").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)) / 255
+    tints = np.array([expert_colour(int(number)) for number in experts.flat]).reshape(rows, columns, 3)
+    tints = np.where(kept[:, :, None], tints, 0.0).repeat(cell, axis=0).repeat(cell, axis=1)
+    lit = np.where(kept.repeat(cell, axis=0).repeat(cell, axis=1), grey, 0.3 * grey)
+    canvas = Image.fromarray((255 * (0.45 * lit[:, :, None] + 0.55 * tints)).round().astype(np.uint8))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
+    for row, column in np.argwhere(kept).tolist():
+        text = str(experts[row, column])
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        x, y = (column + 0.5) * cell - (left + right) / 2, (row + 0.5) * cell - (top + bottom) / 2
+        draw.text((x + 1, y + 1), text, font=font, fill="black")  # a shadow, so that it can be read on any picture
+        draw.text((x, y), text, font=font, fill="white")
+    return np.array(canvas)
+
+
+def expert_colour(number: int) -> tuple[float, float, float]:
+    """Return red, green and blue in [0, 1] of an expert; hues of neighbours lie far apart, by the golden section."""
+    return colorsys.hls_to_rgb(number * 0.61803398875 % 1.0, 0.5, 0.75)
