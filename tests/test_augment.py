@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from vitrail.config.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from vitrail.config.run import AugmentConfig
 from vitrail.data import open_data
-from vitrail.data.augment import Augment, cutout, erase, jitter, random_boxes, shift, training_boxes
+from vitrail.data.augment import Augment, cutout, erase, jitter, shift
 from vitrail.data.base import Batch
+from vitrail.data.boxes import BoxDraws, random_boxes, training_boxes
 from vitrail.data.mix import mix
 from vitrail.data.operations import brightness, color, contrast
 from vitrail.data.policies import apply_policy
@@ -232,6 +233,26 @@ def test_boxes_do_not_depend_on_the_batch() -> None:
     assert (together[:, 2:] >= 1).all()
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        AugmentConfig(crop="resized"),
+        AugmentConfig(crop="resized", crop_area=(0.9, 1.0)),  # some find no box that fits
+        AugmentConfig(crop="resized", crop_area=(0.001, 0.002), crop_ratio=(0.3, 2.9)),
+        AugmentConfig(crop="random"),
+    ],
+)
+def test_boxes_drawn_one_by_one_are_those_of_the_batch(config: AugmentConfig) -> None:
+    count, view = 2000, replace(SIZE_32, image_size=(40, 32), crop_fraction=0.875)
+    generator = torch.Generator().manual_seed(1)
+    sides = (2 ** (12 * torch.rand(2, count, generator=generator))).long()
+    sides[:, :50] = torch.tensor([1, 7])[:, None]
+    together = training_boxes(keys_of(count), sides[0], sides[1], config, view).tolist()
+    draws = BoxDraws(keys_of(count), config, view)
+    for row, box in enumerate(together):
+        assert list(draws.box(row, *sides[:, row].tolist())) == box
+
+
 @pytest.mark.parametrize(("size", "expected"), [((100, 1000), [0, 433, 100, 133]), ((1000, 100), [433, 0, 133, 100])])
 def test_pictures_that_no_box_fits_get_the_largest_centre_box(size, expected) -> None:
     heights, widths = (torch.full((500,), n) for n in size)
@@ -285,7 +306,7 @@ def test_cutout_sets_a_square_to_zero(side: int) -> None:
 def test_mixup_averages_neighbours_and_targets_alike() -> None:
     keys, targets = keys_of(300), torch.eye(CLASSES)[torch.arange(300) % CLASSES]
     images = torch.randn(300, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    mixed, soft = mix(images, targets, keys, mixup=0.8, cutmix=0.0)
+    mixed, soft = mix(images.clone(), targets, keys, mixup=0.8, cutmix=0.0)
     shares = soft.gather(1, targets.argmax(dim=1, keepdim=True))[:, 0]
     assert shares.min() >= 0.5 and shares.max() > 0.99 and shares.min() < 0.55
     weights = shares.view(-1, 1, 1, 1)
@@ -299,7 +320,7 @@ def test_mixup_averages_neighbours_and_targets_alike() -> None:
 def test_cutmix_targets_match_the_area_really_pasted() -> None:
     keys, targets = keys_of(300), torch.eye(CLASSES)[torch.arange(300) % CLASSES]
     images = torch.arange(300.0).view(-1, 1, 1, 1).expand(-1, 3, 16, 12)
-    mixed, soft = mix(images, targets, keys, mixup=0.0, cutmix=1.0)
+    mixed, soft = mix(images.clone(), targets, keys, mixup=0.0, cutmix=1.0)
     own = mixed[:, 0] == images[:, 0]
     assert torch.equal(torch.where(own[:, None], images, images.roll(1, 0)), mixed)  # own or neighbour, nothing else
     shares = soft.gather(1, targets.argmax(dim=1, keepdim=True))[:, 0]
@@ -317,8 +338,11 @@ def test_with_mixup_and_cutmix_each_batch_takes_one_of_them() -> None:
     mixups = 0
     for index in range(200):
         keys = sample_keys(0, index, torch.arange(4))
-        both = mix(images, targets, keys, mixup=0.5, cutmix=0.5)
-        singles = [mix(images, targets, keys, mixup=0.5, cutmix=0.0), mix(images, targets, keys, mixup=0.0, cutmix=0.5)]
+        both = mix(images.clone(), targets, keys, mixup=0.5, cutmix=0.5)
+        singles = [
+            mix(images.clone(), targets, keys, mixup=0.5, cutmix=0.0),
+            mix(images.clone(), targets, keys, mixup=0.0, cutmix=0.5),
+        ]
         matches = [
             all(torch.allclose(a, b, atol=1e-6) for a, b in zip(both, single, strict=True)) for single in singles
         ]
@@ -350,7 +374,7 @@ class OnMps(torch.Tensor):
 
 
 def test_boxes_at_a_random_place_need_no_fp64_on_mps(monkeypatch) -> None:
-    monkeypatch.setattr("vitrail.data.augment.uniform", lambda keys, draw: torch.full((2,), 0.5))
+    monkeypatch.setattr("vitrail.data.boxes.uniform", lambda keys, draw: torch.full((2,), 0.5))
     sizes, config = (torch.tensor([40, 90]), torch.tensor([60, 70])), AugmentConfig(crop="random")
     keys = torch.arange(2)
     boxes, exact = (training_boxes(each, *sizes, config, SIZE_32) for each in (keys.as_subclass(OnMps), keys))

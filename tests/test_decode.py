@@ -1,5 +1,6 @@
 """Decoding: every kind of picture equals a reference made by independent arithmetic, or is refused by name."""
 
+import importlib
 import struct
 import time
 import warnings
@@ -18,6 +19,7 @@ from scale import SCALE
 from vitrail.data.decode import crop_picture, decode, decode_crop, read_picture
 from vitrail.errors import BrokenPicture, UserError
 
+decoding = importlib.import_module("vitrail.data.decode")  # its package has a function of this name
 MUTANTS = 1000 * SCALE
 H, W = 12, 20
 RNG = np.random.default_rng(7)
@@ -229,31 +231,145 @@ def test_damaged_exif_leaves_a_picture_as_it_lies(exif: bytes) -> None:
     assert np.array_equal(decode(data[:2] + segment + data[20:]), decode(data))  # in place of the JFIF segment
 
 
+# Scale, share of the picture's sides, rows and columns of the result.
+SCALED = ((8, 1.0, (30, 45)), (4, 0.7, (64, 48)), (2, 0.5, (64, 64)), (1, 0.3, (80, 80)))
+
+
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
+    return 10 * np.log10(255**2 / max(1e-9, np.mean((a.astype(float) - b) ** 2)))
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("short", [True, False])
 def test_jpegs_decoded_at_a_fraction_keep_their_quality(
-    orientation: int, interpolation: str, monkeypatch: pytest.MonkeyPatch
+    orientation: int, interpolation: str, short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[int, int]] = []
-    draft = JpegImageFile.draft
-    monkeypatch.setattr(JpegImageFile, "draft", lambda self, *args: asked.append(args[1]) or draft(self, *args))
+    asked: list[int] = []
+    quickly, draft = decoding._decode_quickly, JpegImageFile.draft
+    if short:
+        monkeypatch.setattr(decoding, "_decode_quickly", lambda *args: asked.append(args[3]) or quickly(*args))
+    else:
+        monkeypatch.setattr(decoding, "_decode_quickly", lambda *args: None)
+        monkeypatch.setattr(
+            JpegImageFile, "draft", lambda self, *args: asked.append(1003 // args[1][0]) or draft(self, *args)
+        )
     data = turned("JPEG", orientation, natural(757, 1003))  # sides that no scale divides
     upright = decode(data)
     height, width = upright.shape[:2]
-    # The largest scale at which both sides of the crop keep twice the target's rows and columns.
-    for scale, share, size in ((8, 1.0, (30, 45)), (4, 0.7, (64, 48)), (2, 0.5, (64, 64)), (1, 0.3, (64, 64))):
+    # The largest scale at which both sides of the crop keep the margin's multiple of the target's rows and columns.
+    for scale, share, size in SCALED:
         box = (0.3 * (1 - share) * height, 0.8 * (1 - share) * width, share * height, share * width)
         fast = decode_crop(data, 3, lambda *_, box=box: box, size, interpolation)
         edges = (box[1], box[0], box[1] + box[3], box[0] + box[2])
         kind = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
         full = np.asarray(Image.fromarray(upright).resize(size[::-1], kind, box=edges))
-        assert asked == ([(1003 // scale, 757 // scale)] if scale > 1 else [])
+        assert asked == ([scale] if short or scale > 1 else [])
         assert psnr(fast, full) > 40
         asked.clear()
+
+
+JPEGS = {
+    "4:2:0": {"quality": 90},
+    "4:2:2": {"quality": 75, "subsampling": "4:2:2"},
+    "4:4:4": {"quality": 95, "subsampling": "4:4:4"},
+    "progressive": {"quality": 60, "progressive": True},
+    "RGB": {"quality": 80, "keep_rgb": True},
+    "with restarts": {"quality": 80, "restart_marker_blocks": 3},
+}
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+@pytest.mark.parametrize("shape", [(300, 401), (257, 256)])
+def test_a_jpeg_has_the_same_pixels_by_the_short_way(options: dict[str, Any], shape: tuple[int, int]) -> None:
+    height, width = shape
+    data = encode(natural(*shape), "JPEG", **options)
+    assert np.array_equal(decoding._decode_quickly(data, width, height, 1), decode(data))
+    for scale in (2, 4, 8):
+        image = Image.open(BytesIO(data))
+        image.draft(None, (width // scale, height // scale))
+        assert np.array_equal(decoding._decode_quickly(data, width, height, scale), np.asarray(image))
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_the_short_way_knows_how_a_jpeg_lies(orientation: int) -> None:
+    data = turned("JPEG", orientation, natural(300, 401))
+    upright = decode(data)
+
+    def choose_box(height: int, width: int) -> tuple[float, float, float, float]:
+        assert (height, width) == upright.shape[:2]
+        return 31.0, 17.0, 200.0, 190.0
+
+    crop = decode_crop(data, 3, choose_box, (90, 70), "bilinear")
+    assert np.abs(crop.astype(int) - crop_picture(upright, choose_box, (90, 70), "bilinear")).max() <= 1
+
+
+def with_segments(*segments: tuple[int, bytes]) -> bytes:
+    """A JPEG with more segments, of marker and content, before its tables."""
+    data = encode(natural(300, 401), "JPEG")
+    more = [struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content for marker, content in segments]
+    return data[:20] + b"".join(more) + data[20:]
+
+
+ODD = {
+    "grey": (encode(natural(300, 401).convert("L"), "JPEG"), False),
+    "CMYK": (encode(natural(300, 401).convert("CMYK"), "JPEG"), False),
+    "EXIF in two pieces": (with_segments((0xE1, b"Exif\0\0II*\0"), (0xE1, b"Exif\0\0II*\0")), False),
+    "a JFIF segment that is too short": (with_segments((0xE0, b"JFIF\0")), True),
+    "a colour profile that is too short": (with_segments((0xE2, b"ICC_PROFILE\0\1")), True),
+    "Photoshop's blocks": (with_segments((0xED, b"Photoshop 3.0\0" + bytes(40))), False),
+    "a marker between segments": (with_segments((0xF7, b"abc")), True),
+    "junk between segments": (with_segments((0xFE, b"abc")).replace(b"abc", b"abc\0"), False),
+    "junk after the picture": (with_segments() + bytes(1000), False),
+}
+
+
+@pytest.mark.parametrize(("data", "refused"), ODD.values(), ids=ODD)
+def test_odd_jpegs_end_as_pillow_says(data: bytes, refused: bool) -> None:
+    if refused:
+        for read in (lambda: decode(data), lambda: decode_crop(data, 3, whole, (30, 40), "bilinear")):
+            with pytest.raises(BrokenPicture):
+                read()
+        return
+    crop = decode_crop(data, 3, whole, (30, 40), "bilinear")
+    assert np.abs(crop.astype(int) - crop_picture(decode(data), whole, (30, 40), "bilinear")).mean() < 3
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_a_plain_jpeg_that_ends_early_is_broken(share: float) -> None:
+    data = encode(natural(300, 401), "JPEG", quality=90)
+    with pytest.raises(BrokenPicture, match="truncated"):
+        decode_crop(data[: int(share * len(data))], 3, whole, (64, 64), "bicubic")
+
+
+def test_mutated_jpegs_end_alike_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, image = np.random.default_rng(12), natural(270, 250)
+    originals = [
+        encode(image, "JPEG", quality=85),
+        encode(image, "JPEG", quality=85, progressive=True),
+        encode(image, "JPEG", quality=40, subsampling="4:2:2", comment=b"words"),
+        turned("JPEG", 6, image),
+    ]
+
+    def attempt(data: bytes) -> np.ndarray | str:
+        try:
+            return decode_crop(data, 3, whole, (40, 40), "bilinear").astype(int)
+        except BrokenPicture as reason:
+            return str(reason)
+
+    kinds = []
+    for number in range(MUTANTS // 4):
+        data = mutate(originals[number % len(originals)], rng)
+        found = attempt(data)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "_decode_quickly", lambda *args: None)
+            wanted = attempt(data)
+        if isinstance(found, str) or isinstance(wanted, str):
+            assert found == wanted, number
+        else:
+            assert np.abs(found - wanted).max() <= 2, number
+        kinds.append(isinstance(found, str))
+    assert 0.1 < np.mean(kinds) < 0.9
 
 
 def test_a_box_that_overshoots_by_rounding_is_clipped() -> None:

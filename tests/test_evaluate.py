@@ -3,6 +3,7 @@
 import gzip
 import multiprocessing
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from vitrail.data.arrays import ArraySource
 from vitrail.data.base import BoxChooser, Picture, Source, Subset
 from vitrail.data.view import evaluation_view
 from vitrail.errors import BrokenPicture, UserError
-from vitrail.evaluation import evaluate, match_classes, predict_logits
+from vitrail.evaluation import ask, evaluate, match_classes, predict_logits
 from vitrail.models import ViT
 
 CLASSES = ("cat", "dog", "owl")
@@ -103,6 +104,40 @@ def test_pictures_of_a_subset_are_the_ones_asked_for() -> None:
     part = predict_logits(model, Subset(source, indices), batch_size=3)
     np.testing.assert_allclose(part.logits, whole.logits[indices], atol=1e-5)
     assert part.names == [f"picture#{i}" for i in indices]
+
+
+@pytest.mark.parametrize(("size", "batch"), [((224, 224), 8), ((32, 32), 256), ((384, 384), 2), ((1024, 2048), 1)])
+def test_a_processor_is_asked_about_few_pictures_at_a_time_more_of_small_ones(size: Any, batch: int) -> None:
+    asked: list[int] = []
+    model = tiny_model(image_size=size)
+    model.preprocessing = replace(model.preprocessing, image_size=size)
+
+    def answer(views: torch.Tensor) -> torch.Tensor:
+        asked.append(len(views))
+        return views.mean(dim=(2, 3))
+
+    assert len(ask(model, array_source(batch + 1), answer=answer).rows) == batch + 1
+    assert asked == [batch, 1]
+
+
+def test_decoding_threads_leave_the_other_cores_to_the_model() -> None:
+    before, seen = torch.get_num_threads(), list[int]()
+
+    class Watched(Loose):
+        def load(self, index: int) -> Picture:
+            seen.append(torch.get_num_threads())
+            return super().load(index)
+
+    torch.set_num_threads(2)
+    try:
+        images, targets = random_pictures(20)
+        predict_logits(tiny_model(), Watched(list(images), targets), batch_size=4, workers=2)
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_broken_pictures_are_named_counted_and_left_out() -> None:

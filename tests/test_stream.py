@@ -1,5 +1,7 @@
 """The stream: what is seen is a function of (seed, epoch, index), whatever the number of threads and processes."""
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from vitrail.config.preprocessing import Preprocessing
 from vitrail.config.run import AugmentConfig
 from vitrail.data import open_data
 from vitrail.data.arrays import ArraySource
-from vitrail.data.base import Batch, Source, Subset
+from vitrail.data.base import Batch, BoxChooser, Picture, Source, Subset
 from vitrail.data.stream import Order, Stream
 from vitrail.errors import UserError
 
@@ -152,6 +154,120 @@ def test_broken_pictures_are_named_counted_and_left_out(tmp_path: Path, photos: 
     assert all(source.name(i) in caplog.text for i in broken)
     assert stream.state_dict()["broken"] == [[i, reason] for i, reason in stream.broken.items()]
     stream.close()
+
+
+def test_broken_pictures_count_when_their_batch_is_taken_not_when_it_is_read_ahead(
+    tmp_path: Path, photos: Path
+) -> None:
+    source = broken_folder(tmp_path, photos, 3)
+    settings = {"preprocessing": Preprocessing(image_size=(16, 16)), "max_broken": 0.2, "augment": AugmentConfig()}
+    alone, ahead = stream_of(source, **settings), stream_of(source, **settings, workers=2)
+    for _ in range(8):
+        assert equal(next(alone)[0], next(ahead)[0])
+        time.sleep(0.02)  # let it read on
+        assert alone.state_dict() == ahead.state_dict()
+    assert alone.broken
+    ahead.close()
+
+
+class Loose(Source):
+    """Pictures made when asked for, by `make`, which a test gives."""
+
+    classes = ("only", "other")
+
+    def __init__(self, make, count: int = 64) -> None:
+        self.make, self.targets = make, np.arange(count) % 2
+
+    def load(self, index: int) -> Picture:
+        return self.make(index)
+
+    def load_crop(self, index: int, choose_box: BoxChooser, size: tuple[int, int], interpolation: str) -> Picture:
+        choose_box(8, 8)
+        return self.make(index)
+
+    def name(self, index: int) -> str:
+        return f"loose#{index}"
+
+    def fingerprint(self) -> str:
+        return "loose"
+
+
+def grey(index: int) -> Picture:
+    return np.full((4, 4, 1), index, np.uint8)
+
+
+def test_the_training_thread_only_takes_what_is_ready() -> None:
+    readers = set()
+
+    def make(index: int) -> Picture:
+        readers.add(threading.current_thread().name.split("_")[0])
+        return grey(index)
+
+    stream = stream_of(Loose(make), workers=2, augment=AugmentConfig())
+    next(stream)
+    time.sleep(0.3)
+    began = time.perf_counter()
+    next(stream)
+    assert time.perf_counter() - began < 0.02
+    assert readers == {"decode"}
+    stream.close()
+
+
+def test_pictures_are_read_in_turn_whatever_their_threads_do() -> None:
+    def make(index: int) -> Picture:
+        time.sleep(index % 5 / 1000)
+        return grey(index)
+
+    slow, alone = stream_of(Loose(make), workers=5), stream_of(Loose(grey))
+    for _ in range(12):
+        assert equal(next(slow)[0], next(alone)[0])
+    slow.close()
+
+
+def test_an_error_while_reading_reaches_the_training_thread() -> None:
+    def fail(index: int) -> Picture:
+        raise MemoryError("no room")
+
+    for workers in (0, 2):
+        stream = stream_of(Loose(fail), workers=workers, augment=AugmentConfig())
+        with pytest.raises(MemoryError, match="no room"):
+            next(stream)
+        stream.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_of_other_channels_than_the_models_are_refused(workers: int) -> None:
+    stream = stream_of(Loose(lambda index: np.zeros((4, 4, 3), np.uint8)), workers=workers, augment=AugmentConfig())
+    with pytest.raises(UserError, match="the model takes grey"):
+        next(stream)
+    stream.close()
+
+
+@pytest.mark.parametrize("leave", ["close", "load_state_dict"])
+def test_what_is_no_longer_wanted_is_not_read(leave: str) -> None:
+    read = []
+
+    def make(index: int) -> Picture:
+        read.append(index)
+        time.sleep(0.01)
+        return grey(index)
+
+    stream = stream_of(Loose(make), workers=2, batch_size=32, augment=AugmentConfig())
+    next(stream)
+    state = stream.state_dict()
+    if leave == "close":
+        stream.close()
+        known = len(read)
+        time.sleep(0.1)
+        assert len(read) == known < 32 + 16
+    else:
+        stream.load_state_dict(state)
+        time.sleep(0.1)
+        assert len(read) < 32 + 16
+        expected = stream_of(Loose(grey), batch_size=32, augment=AugmentConfig())
+        next(expected)
+        assert equal(next(stream)[0], next(expected)[0])
+        stream.close()
 
 
 def test_too_many_broken_pictures_stop_the_run_and_name_one(tmp_path: Path, photos: Path) -> None:

@@ -12,7 +12,10 @@ import numpy as np
 from jaxtyping import Float
 
 from vitrail.checkpoints.storage import write_file
+from vitrail.data.base import Source
 from vitrail.data.folders import PICTURE_SUFFIXES, FileSource
+from vitrail.engines import EngineName, require_engine
+from vitrail.engines.choice import engine_for
 from vitrail.errors import UserError
 from vitrail.evaluation import ask
 from vitrail.metrics import probabilities
@@ -62,24 +65,37 @@ def find_pictures(patterns: Iterable[str | Path]) -> list[Path]:
 
 
 def predict(
-    model: ImageModel, images: Sequence[str | Path], *, top: int = 5, batch_size: int = 32, workers: int = 2
+    model: ImageModel,
+    images: Sequence[str | Path] | Source,
+    *,
+    top: int = 5,
+    batch_size: int | None = None,
+    workers: int = 2,
+    engine: EngineName = "auto",
 ) -> list[Prediction]:
     """Classify pictures, one answer each, in the order found.
 
     Args:
         model: A trained model; its labels and preprocessing are used.
-        images: Files, folders and globs.
+        images: Files, folders and globs, or a source of pictures, whose labels are not looked at: `ArraySource` holds
+            decoded ones.
         top: Number of classes per picture.
-        batch_size: Pictures at a time; the answer does not depend on it.
+        batch_size: Pictures at a time, by default as many as the device is fast with; the answer does not depend on it.
         workers: Decoding threads.
+        engine: What computes the answers: see `vitrail.engines`. They are the same but for rounding.
 
     Raises:
-        UserError: When a path does not exist.
+        UserError: When a path does not exist, or the engine is not installed or cannot take the model.
     """
-    paths = find_pictures(images)
+    require_engine(engine)
     labels = model.labels or tuple(str(i) for i in range(model.config.num_classes))
-    source = FileSource(paths, np.zeros(len(paths), np.int64), labels, channels=model.preprocessing.channels)
-    answers = ask(model, source, batch_size=batch_size, workers=workers, max_broken=1.0)
+    if isinstance(images, Source):
+        source = images
+    else:
+        paths = find_pictures(images)
+        source = FileSource(paths, np.zeros(len(paths), np.int64), labels, channels=model.preprocessing.channels)
+    answer = engine_for(model, engine, len(source))
+    answers = ask(model, source, answer=answer, batch_size=batch_size, workers=workers, max_broken=1.0)
     found = {index: Prediction(source.name(index), problem=reason) for index, reason in answers.broken}
     for index, row in zip(answers.indices.tolist(), probabilities(answers.rows, model.multi_label), strict=True):
         found[index] = Prediction(source.name(index), top_classes(row, labels, top))

@@ -9,6 +9,7 @@ from rich.text import Text
 from tyro.conf import Positional
 
 from vitrail.cli.console import Console, Data, Model, print_json, require_workers
+from vitrail.engines import PACKAGES, EngineName, require_engine
 from vitrail.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def predict(
     *,
     top: int = 5,
     out: Path | None = None,
+    engine: EngineName = "auto",
     workers: int = 2,
     json: bool = False,
 ) -> int:
@@ -74,6 +76,7 @@ def predict(
         images: Pictures, folders, globs.
         top: Classes per picture.
         out: Write to this .csv or .jsonl file instead of the terminal.
+        engine: What computes the answers; auto takes the fastest that is installed, where finding it pays.
         workers: Decoding threads.
         json: Print one JSON document on stdout.
     """
@@ -85,9 +88,11 @@ def predict(
     if top < 1:
         raise UserError(f"--top must be at least 1, not {top}.")
     require_workers(workers)
+    require_engine(engine)
     if out is not None:
         require_suffix(out)  # before the work, not after it
-    predictions = classify(load_model(model).to(pick_device()), images, top=top, workers=workers)
+    device = "cpu" if engine in PACKAGES else pick_device()
+    predictions = classify(load_model(model).to(device), images, top=top, workers=workers, engine=engine)
     if out is not None:
         write_predictions(predictions, out)
     if json:

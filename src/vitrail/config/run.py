@@ -1,6 +1,7 @@
 """A run: everything that decides its result, in one frozen tree. Presets are values of `RunConfig`."""
 
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast, get_args
@@ -14,6 +15,15 @@ from vitrail.config.recipes import SamConfig, SupervisedConfig
 from vitrail.config.semantic import SemanticConfig
 from vitrail.config.vit import ViTConfig
 from vitrail.errors import UserError
+
+
+def decoding_threads() -> int:
+    """Return how many threads decode by default: one for each core that this process may use, at most 16.
+
+    Processes that torchrun started on one machine share its cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +46,12 @@ class InputConfig:
     """Standard deviation of the normalisation."""
     renormalise: bool = False
     """Normalise by `mean` and `std` even where the weights to start from were trained with others, which else win."""
-    workers: int = 2
-    """Decoding threads; 0 decodes in the training thread. The result does not depend on it."""
+    workers: int = field(default_factory=decoding_threads)
+    """Decoding threads, by default as many as there are cores; 0 decodes in the training thread. The result does not
+    depend on it."""
+    packed: bool = True
+    """Keep small pictures (256 x 256 pixels or fewer) of a folder of 1,000 or more decoded in a file, which this run
+    and later ones read instead; the run says where and how large. The result does not depend on it."""
     max_broken: float = 0.01
     """Share of pictures that may be unreadable before the run stops."""
     balanced: bool = False
@@ -254,6 +268,12 @@ class LoopConfig:
     """Write TensorBoard scalars into the run folder."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on GPUs that have it, fp16 on older ones, fp32 elsewhere."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the model's blocks with torch.compile. `auto`: on GPUs, in runs of ten minutes or more, where a trial of
+    one block says that it pays back twice what it takes."""
+    activation_checkpointing: float = 0.0
+    """Share of the model's blocks, counted from the input, whose activations are not kept but computed again: less
+    memory, up to a third more time, the same result."""
 
     def __post_init__(self) -> None:
         _require_finite(self, "loop.")
@@ -263,6 +283,10 @@ class LoopConfig:
         for name in ("eval_every", "save_every", "log_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"--loop.{name.replace('_', '-')} must not be negative, not {getattr(self, name)}.")
+        if not 0 <= self.activation_checkpointing <= 1:
+            raise UserError(
+                f"--loop.activation-checkpointing is a share, in [0, 1], not {self.activation_checkpointing}."
+            )
         if self.patience is not None and self.patience < 1:
             raise UserError(f"--loop.patience must be at least 1, not {self.patience}; leave it out to turn it off.")
         if self.batch_size % self.accumulation:

@@ -122,11 +122,13 @@ class ViTConfig:
     """Stochastic depth at the last block; grows linearly from 0 at the first."""
     head_bias: float = 0.0
     """Initial bias of the head: 0 for softmax, about -log(classes) for a sigmoid loss."""
+    merge_tokens: int = 0
+    """Tokens that each block merges into others like them (ToMe): faster, less accurate. It changes no weight."""
 
     def __post_init__(self) -> None:
         require_size(self, "image_size", "patch_size")
         require_rate(self, "dropout", "drop_path")
-        require_least(self, channels=1, width=1, depth=1, mlp_dim=1, heads=1, num_classes=0)
+        require_least(self, channels=1, width=1, depth=1, mlp_dim=1, heads=1, num_classes=0, merge_tokens=0)
         if self.width % self.heads:
             raise UserError(f"width {self.width} is not a multiple of heads {self.heads}; change one of them.")
         if self.positions == "sincos" and self.width % 4:

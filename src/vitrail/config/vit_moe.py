@@ -43,6 +43,8 @@ class ViTMoEConfig(ViTConfig):
         require_least(self, experts=1, experts_per_token=1)
         if self.experts_per_token > self.experts:
             raise UserError(f"experts_per_token {self.experts_per_token} is more than the {self.experts} experts.")
+        if self.merge_tokens:
+            raise UserError("merge_tokens is for ViTs without experts, which route tokens; leave it at 0.")
         if not self.moe_layers or list(self.moe_layers) != sorted({*self.moe_layers} & {*range(self.depth)}):
             raise UserError(
                 f"moe_layers must be growing numbers of blocks from 0 to {self.depth - 1}, not {self.moe_layers}."

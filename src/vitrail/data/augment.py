@@ -3,19 +3,18 @@
 The same code runs on CPU and GPU. Nothing depends on a picture's place in the batch, save its partner in mixup.
 """
 
-import math
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
-from torch.nn import functional as F
 
 from vitrail.config.preprocessing import Preprocessing
 from vitrail.config.run import AugmentConfig
 from vitrail.data.base import Batch
+from vitrail.data.boxes import random_sizes, training_boxes
 from vitrail.data.mix import mix
-from vitrail.data.operations import brightness, color, contrast, rectangle_masks
+from vitrail.data.operations import brightness, color, contrast, pictures_at_once, rectangle_masks
 from vitrail.data.policies import apply_policy
 from vitrail.data.random import Draw, choice, normal_at, uniform
 from vitrail.data.view import (
@@ -29,7 +28,6 @@ from vitrail.data.view import (
     view_levels,
 )
 
-TRIES = 10  # boxes tried until one fits into the picture, as in torchvision and timm
 ERASE_AREA, ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
@@ -51,11 +49,8 @@ class Augment:
             UserError: When the pictures' channels are not the model's.
         """
         config, keys = self.config, batch.keys
-        images = self._crop(batch)
-        if config.flip:
-            flipped = (uniform(keys, Draw.FLIP) < config.flip).view(-1, 1, 1, 1)
-            torch.where(flipped, images.flip(-1), images, out=images)
-        if config.policy != "none" or config.color_jitter:
+        images = self._cropped_and_flipped(batch)
+        if (config.policy != "none" or config.color_jitter) and not batch.cropped:
             images.round_()  # the operations work on whole levels
         if config.policy != "none":
             fill = mean_levels(self.preprocessing, images.device).round()
@@ -64,28 +59,35 @@ class Augment:
             images = jitter(images, keys, config.color_jitter)
         if config.crop == "padded":
             images = shift(images, keys, config.pad, mean_levels(self.preprocessing, images.device))
-        images = normalise(images, self.preprocessing)
+        images = normalise(images, self.preprocessing, overwrite=True)
         if config.erase:
             erase(images, keys, config.erase)
         if config.cutout:
             cutout(images, keys, config.cutout)
-        targets = batch.targets if batch.targets.ndim == 2 else F.one_hot(batch.targets, classes)
-        targets = targets.float()
+        targets = batch.targets.float() if batch.targets.ndim == 2 else one_hot(batch.targets, classes)
         if config.mixup or config.cutmix:
             images, targets = mix(images, targets, keys, mixup=config.mixup, cutmix=config.cutmix)
         return self._at_model_size(images), targets
 
-    def _crop(self, batch: Batch) -> Float[Tensor, "b c rows columns"]:
+    def _cropped_and_flipped(self, batch: Batch) -> Float[Tensor, "b c rows columns"]:
         """Return levels at the size to augment at, in memory of their own."""
         images, config, preprocessing = batch.images, self.config, self._view
         check_channels(images.shape[1], preprocessing)
-        if batch.cropped:
-            return images.contiguous().float()
+        flips = uniform(batch.keys, Draw.FLIP) < config.flip if config.flip else None
+        if batch.cropped:  # bytes are a quarter of the memory to turn around
+            images = images.clone(memory_format=torch.contiguous_format)
+            if flips is not None:
+                flip(images, flips)
+            return images.float()
         if config.crop in ("resized", "random"):
             height, width = (torch.full_like(batch.keys, n) for n in images.shape[2:])
             boxes = training_boxes(batch.keys, height, width, config, preprocessing)
-            return resample_boxes(images, boxes, preprocessing.image_size, preprocessing.interpolation)
-        return view_levels(images, preprocessing)
+            levels = resample_boxes(images, boxes, preprocessing.image_size, preprocessing.interpolation)
+        else:
+            levels = view_levels(images, preprocessing)
+        if flips is not None:
+            flip(levels, flips)
+        return levels
 
     def _at_model_size(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c rows columns"]:
         """Return pictures that were augmented at a size of their own at the model's, clipped as evaluation clips."""
@@ -102,65 +104,45 @@ def augmented_view(config: AugmentConfig, preprocessing: Preprocessing) -> Prepr
     return preprocessing if config.size is None else replace(preprocessing, image_size=config.size)
 
 
-def training_boxes(
-    keys: Int[Tensor, " b"],
-    heights: Int[Tensor, " b"],
-    widths: Int[Tensor, " b"],
-    config: AugmentConfig,
-    preprocessing: Preprocessing,
-) -> Float[Tensor, "b 4"]:
-    """Return the box (top, left, height, width) of each picture of these heights and widths that training looks at.
-
-    `resized`: see `random_boxes`. `random`: as large as the evaluation view's centre crop, anywhere in the picture
-    (big_vision's `resize_small` and `random_crop`), where it need not fall on whole pixels.
-    """
-    if config.crop == "resized":
-        return random_boxes(keys, heights, widths, config.crop_area, config.crop_ratio)
-    rows, columns = preprocessing.image_size
-    # In fp64, or a box that reaches the edge could lie beyond it by a rounding error, which decoders refuse. MPS
-    # has no fp64, and no decoder runs there.
-    exact = torch.float32 if keys.device.type == "mps" else torch.float64
-    heights, widths = heights.to(exact), widths.to(exact)
-    step = preprocessing.crop_fraction * torch.minimum(heights / rows, widths / columns)  # pixels per pixel of the view
-    height, width = rows * step, columns * step
-    top = uniform(keys, Draw.CROP_TOP) * (heights - height)
-    left = uniform(keys, Draw.CROP_LEFT) * (widths - width)
-    return torch.stack([top, left, height, width], dim=1)
+def one_hot(labels: Int[Tensor, " b"], classes: int) -> Float[Tensor, "b classes"]:
+    """Return a row for each picture that is 1 at its label, else 0."""
+    return torch.zeros(len(labels), classes, device=labels.device).scatter_(1, labels[:, None], 1.0)
 
 
-def random_boxes(
-    keys: Int[Tensor, " b"],
-    heights: Int[Tensor, " b"],
-    widths: Int[Tensor, " b"],
-    area: tuple[float, float],
-    ratio: tuple[float, float],
-) -> Float[Tensor, "b 4"]:
-    """Return a random box (top, left, height, width, in whole pixels) of each picture of these heights and widths.
-
-    The rule of torchvision's `RandomResizedCrop.get_params` (after Szegedy et al., 2015, arXiv 1409.4842, section 6):
-    share of the area uniform in `area`, width over height log-uniform in `ratio`, ten tries to fit into the picture,
-    else the largest centre box whose shape is within `ratio`.
-    """
-    height, width, fits = _random_sizes(keys, (Draw.CROP_AREA, Draw.CROP_RATIO), heights, widths, area, ratio)
-    height = torch.where(fits, height, torch.minimum(heights, (widths / ratio[0]).round().long()))
-    width = torch.where(fits, width, torch.minimum(widths, (heights * ratio[1]).round().long()))
-    top = torch.where(fits, choice(keys, Draw.CROP_TOP, heights - height + 1), (heights - height) // 2)
-    left = torch.where(fits, choice(keys, Draw.CROP_LEFT, widths - width + 1), (widths - width) // 2)
-    return torch.stack([top, left, height, width], dim=1).float()
+def flip(images: Num[Tensor, "b c h w"], chosen: Bool[Tensor, " b"]) -> None:
+    """Mirror the chosen pictures left to right, in place."""
+    if images.device.type != "cpu":  # which they are, a GPU need not report
+        torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images, out=images)
+        return
+    for rows in chosen.nonzero()[:, 0].split(pictures_at_once(images)):
+        images[rows] = images[rows].flip(-1)
 
 
 def shift(
     images: Float[Tensor, "b c h w"], keys: Int[Tensor, " b"], pad: int, border: Float[Tensor, "c 1 1"]
 ) -> Float[Tensor, "b c h w"]:
     """Shift each picture by up to `pad` whole pixels along both axes: padding and random crop in one (CIFAR)."""
-    batch, channels, height, width = images.shape
-    y = torch.arange(height, device=keys.device) + choice(keys, Draw.CROP_TOP, 2 * pad + 1)[:, None] - pad
-    x = torch.arange(width, device=keys.device) + choice(keys, Draw.CROP_LEFT, 2 * pad + 1)[:, None] - pad
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    # One pixel of the border's colour after the last: all places outside point to it.
-    places = torch.where(inside, y[:, :, None] * width + x[:, None, :], height * width).flatten(1)
-    pixels = torch.cat([images.flatten(2), border.flatten(1).expand(batch, channels, 1)], dim=2)
-    return pixels.gather(2, places[:, None].expand(-1, channels, -1)).view_as(images)
+    height, width = images.shape[2:]
+    top, left = choice(keys, Draw.CROP_TOP, 2 * pad + 1), choice(keys, Draw.CROP_LEFT, 2 * pad + 1)
+    if images.device.type != "cpu":
+        padded = border.expand(len(images), -1, height + 2 * pad, width + 2 * pad).clone()
+        padded[:, :, pad : pad + height, pad : pad + width] = images
+        # A view of all places where a picture may begin, of which each takes its own.
+        crops = padded.unfold(2, height, 1).unfold(3, width, 1)
+        return crops[torch.arange(len(images), device=keys.device), :, top, left]
+    # One by one as arrays: a picture of 32 x 32 lies in the CPU's cache, and NumPy starts a copy ten times as fast.
+    moved = border.expand_as(images).clone(memory_format=torch.contiguous_format)
+    places = zip((top - pad).tolist(), (left - pad).tolist(), strict=True)
+    for (down, right), before, after in zip(places, images.numpy(), moved.numpy(), strict=True):
+        rows, columns = _overlap(down, height), _overlap(right, width)
+        after[:, rows[0], columns[0]] = before[:, rows[1], columns[1]]
+    return moved
+
+
+def _overlap(offset: int, length: int) -> tuple[slice, slice]:
+    """Return the places of a shifted row that show the original's, and which of them."""
+    start, stop = min(length, max(0, -offset)), max(0, length - max(0, offset))
+    return slice(start, stop), slice(start + offset, stop + offset)
 
 
 def jitter(images: Float[Tensor, "b c h w"], keys: Int[Tensor, " b"], strength: float) -> Float[Tensor, "b c h w"]:
@@ -179,7 +161,7 @@ def erase(images: Float[Tensor, "b c h w"], keys: Int[Tensor, " b"], probability
     _, channels, height, width = images.shape
     heights, widths = torch.full_like(keys, height), torch.full_like(keys, width)
     draws = (Draw.ERASE_AREA, Draw.ERASE_RATIO)
-    tall, broad, fits = _random_sizes(keys, draws, heights, widths, ERASE_AREA, ERASE_RATIO)
+    tall, broad, fits = random_sizes(keys, draws, heights, widths, ERASE_AREA, ERASE_RATIO)
     hit = fits & (uniform(keys, Draw.ERASE) < probability)
     top = choice(keys, Draw.ERASE_TOP, (heights - tall).clamp_(min=0) + 1)
     left = choice(keys, Draw.ERASE_LEFT, (widths - broad).clamp_(min=0) + 1)
@@ -200,21 +182,3 @@ def cutout(images: Float[Tensor, "b c h w"], keys: Int[Tensor, " b"], side: int)
     left = choice(keys, Draw.CUTOUT_LEFT, size[1]) - side // 2
     sides = torch.full_like(keys, side)
     images.masked_fill_(rectangle_masks(top, left, sides, sides, size)[:, None], 0.0)
-
-
-def _random_sizes(
-    keys: Tensor,
-    draws: tuple[Draw, Draw],
-    heights: Tensor,
-    widths: Tensor,
-    area: tuple[float, float],
-    ratio: tuple[float, float],
-) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"], Bool[Tensor, " b"]]:
-    """Return height and width of the first of ten random rectangles that fits, and whether one does."""
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    pixels = (heights * widths)[:, None] * (area[0] + (area[1] - area[0]) * uniform(keys, draws[0], (TRIES,)))
-    shape = torch.exp(low + (high - low) * uniform(keys, draws[1], (TRIES,)))
-    width, height = (pixels * shape).sqrt_().round_().long(), (pixels / shape).sqrt_().round_().long()
-    fits = (height >= 1) & (width >= 1) & (height <= heights[:, None]) & (width <= widths[:, None])
-    first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
-    return height.gather(1, first)[:, 0], width.gather(1, first)[:, 0], fits.any(dim=1)

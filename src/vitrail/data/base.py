@@ -35,7 +35,7 @@ class Source(ABC):
 
     @abstractmethod
     def load(self, index: int) -> Picture:
-        """Return one picture, upright, as uint8 rows x columns x channels.
+        """Return one picture, upright, as uint8 rows x columns x channels, which nobody may write to.
 
         Safe to call from several threads.
 
@@ -57,6 +57,10 @@ class Source(ABC):
     def pixels(self) -> UInt8[np.ndarray, "n h w c"] | None:
         """Return all pictures as one array when they lie in memory at one size, else None."""
         return None
+
+    def pack(self, workers: int) -> None:
+        """Make ready to be read many times, with so many threads; where nothing is said of it, there is no need."""
+        return
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -92,6 +96,9 @@ class Subset(Source):
         whole = self.source.pixels()
         return None if whole is None else whole[self.indices]
 
+    def pack(self, workers: int) -> None:
+        self.source.pack(workers)
+
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
 
@@ -114,6 +121,12 @@ class Splits:
         """Return a hash of all that is learned from, to tell whether two runs saw the same data."""
         labelled = self.train.fingerprint()
         return labelled if self.unlabelled is None else f"{labelled} + {self.unlabelled.fingerprint()}"
+
+    def pack(self, workers: int) -> None:
+        """Make ready what training reads many times, with so many threads."""
+        for source in (self.train, self.val, self.unlabelled):
+            if source is not None:
+                source.pack(workers)
 
     def for_evaluation(self, split: str | None = None) -> tuple[str, Source]:
         """Return the name and pictures of one part: the one asked for, else test, else val, else train.
@@ -147,6 +160,8 @@ class Batch:
         return len(self.images)
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("images", "targets", "keys")}
+        """Return the batch on another device. A GPU copies from pinned memory while the CPU goes on."""
+        # Copies back to the CPU must not run ahead of whoever reads them.
+        waits = device.type != "cuda"
+        moved = {name: getattr(self, name).to(device, non_blocking=not waits) for name in ("images", "targets", "keys")}
         return replace(self, **moved, unlabelled=self.unlabelled and self.unlabelled.to(device))

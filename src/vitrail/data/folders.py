@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vitrail.data.base import BoxChooser, Picture, Source, Splits
-from vitrail.data.decode import decode_crop, read_bytes, read_picture
+from vitrail.data.decode import crop_picture, decode_crop, read_bytes, read_picture
+from vitrail.data.pack import Pack, open_pack
 from vitrail.errors import UserError, did_you_mean
 
 log = logging.getLogger("vitrail")
@@ -36,7 +37,7 @@ SHOWN = 3  # offenders that a message names
 
 
 class FileSource(Source):
-    """Pictures in files, decoded when asked for. Names are paths."""
+    """Pictures in files, decoded when asked for, or from a pack once there is one. Names are paths."""
 
     paths: tuple[Path, ...]
     """Where each picture lies."""
@@ -64,11 +65,22 @@ class FileSource(Source):
         self.classes = tuple(classes)
         self._root = root
         self._channels = channels
+        self._pack: Pack | None = None
+        self._packed = False
+
+    def pack(self, workers: int) -> None:
+        """Keep small pictures decoded in a file where that is of use and has a place: see `pack.open_pack`."""
+        if not self._packed:  # training and validation may be parts of this source, and both ask
+            self._pack, self._packed = open_pack(self.paths, self._channels, workers=workers), True
 
     def load(self, index: int) -> Picture:
-        return read_picture(self.paths[index], self._channels)
+        packed = None if self._pack is None else self._pack.get(index)
+        return read_picture(self.paths[index], self._channels) if packed is None else packed
 
     def load_crop(self, index: int, choose_box: BoxChooser, size: tuple[int, int], interpolation: str) -> Picture:
+        packed = None if self._pack is None else self._pack.get(index)
+        if packed is not None:
+            return crop_picture(packed, choose_box, size, interpolation)
         return decode_crop(read_bytes(self.paths[index]), self._channels, choose_box, size, interpolation)
 
     def name(self, index: int) -> str:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitrail.data.operations import rectangle_masks
+from vitrail.data.operations import pictures_at_once, rectangle_masks
 from vitrail.data.random import Draw, beta, choice, uniform
 
 
@@ -23,7 +23,7 @@ def mix(
     at the edges; targets follow the area that was pasted. With both on, the batch takes either one, at even odds.
 
     Args:
-        images: Normalised pictures.
+        images: Normalised pictures, overwritten.
         targets: A row of class probabilities per picture.
         keys: What each picture's share is drawn from.
         mixup: Alpha of the Beta distribution of the shares; 0 is off.
@@ -39,8 +39,20 @@ def mix(
     else:
         weights = _mixup_weights(keys, mixup)
     shares = weights.mean(dim=(1, 2, 3))[:, None]
-    mixed = torch.lerp(images.roll(1, dims=0), images, weights)
-    return mixed, torch.lerp(targets.roll(1, dims=0), targets, shares)
+    _mix_with_the_one_before(images, weights)
+    return images, torch.lerp(targets.roll(1, dims=0), targets, shares)
+
+
+def _mix_with_the_one_before(images: Tensor, weights: Tensor) -> None:
+    """Make `lerp(images.roll(1, dims=0), images, weights)` of the pictures, in place and from the last to the first.
+
+    New memory for a whole batch would cost a CPU more than the mixing.
+    """
+    last, most = images[-1:].clone(), pictures_at_once(images)
+    for start in reversed(range(0, len(images), most)):
+        part, shares = images[start : start + most], weights[start : start + most]
+        before = images[start - 1 : start - 1 + len(part)] if start else torch.cat([last, part[:-1]])
+        torch.lerp(before if len(part) == 1 else before.clone(), part, shares, out=part)
 
 
 def _mixup_weights(keys: Tensor, alpha: float) -> Float[Tensor, "b 1 1 1"]:

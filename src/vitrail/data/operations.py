@@ -6,34 +6,52 @@ mean. Tests hold them to Pillow's answers: exactly, save AutoContrast and the af
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torch.nn import functional as F
 
 Images = Float[Tensor, "b c h w"]
 PerPicture = Float[Tensor, " b"]
 
+CACHE = 2**18
+"""Numbers that a CPU works on at once: a step finds in its cache what the step before it wrote."""
+
+
+def pictures_at_once(images: Num[Tensor, "b c h w"]) -> int:
+    """Return how many of these pictures to hand to an operation at once; a GPU takes all."""
+    if images.device.type != "cpu":
+        return max(1, len(images))
+    return max(1, CACHE // max(1, images.shape[1:].numel()))
+
 
 def auto_contrast(images: Images) -> Images:
     """Stretch every channel from its darkest and brightest level to 0 and 255."""
-    low, high = torch.aminmax(images.flatten(2), dim=2)
-    span = (high - low)[..., None, None]
+    low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
+    span = high - low
+    flat = span == 0  # such a channel stays as it is
     # The small addend undoes float32's error where a whole level comes out just below itself.
-    stretched = ((images - low[..., None, None]) * (255.0 / span.clamp(min=1.0)) + 1e-3).floor_()
-    return torch.where(span > 0, stretched, images)
+    stretched = (images - low.masked_fill(flat, 0.0)).mul_((255.0 / span).masked_fill_(flat, 1.0))
+    return stretched.add_(1e-3).floor_()
 
 
 def equalize(images: Images) -> Images:
     """Give every channel a flat histogram, by Pillow's integer rule."""
-    flat = images.flatten(2).long()
-    counts = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=images.device)
-    counts.scatter_add_(2, flat, torch.ones_like(flat))
-    brightest = counts.gather(2, flat.amax(dim=2, keepdim=True))
-    step = (flat.shape[2] - brightest) // 255
-    below = counts.cumsum(dim=2) - counts
-    table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
-    levels = torch.where(step > 0, table.gather(2, flat), flat)
-    return levels.to(images.dtype).view_as(images)
+    pixels = images.shape[2:].numel()
+    channels = torch.arange(images.shape[0] * images.shape[1], device=images.device).view(-1, 1)
+    places = (images.reshape(-1, pixels).long() + 256 * channels).flatten()  # of each level in the table of its channel
+    if images.device.type == "cpu":
+        counts = torch.bincount(places, minlength=256 * len(channels))  # on a GPU it would wait for the largest
+    else:
+        counts = torch.zeros(256 * len(channels), dtype=torch.int64, device=images.device)
+        counts.scatter_add_(0, places, torch.ones((), dtype=torch.int64, device=images.device).expand_as(places))
+    # In float32, which divides faster: whole numbers and their quotients are exact up to 4096 x 4096 pixels.
+    counts, levels = counts.view(-1, 256).to(images.dtype), torch.arange(256.0, device=images.device)
+    brightest = counts.gather(1, (levels * counts.clamp(max=1.0)).amax(dim=1, keepdim=True).long())
+    step = ((pixels - brightest) / 255.0).floor_()
+    below = counts.cumsum(dim=1).sub_(counts)
+    table = below.add_((step / 2.0).floor_()).div_(step.clamp(min=1.0)).floor_().clamp_(max=255.0)
+    table = torch.where(step > 0, table, levels)
+    return table.flatten().index_select(0, places).view_as(images)
 
 
 def invert(images: Images) -> Images:
@@ -44,17 +62,20 @@ def invert(images: Images) -> Images:
 def posterize(images: Images, bits: PerPicture) -> Images:
     """Keep the `bits` highest bits (0 to 8) of every level."""
     step = torch.exp2(8.0 - bits).view(-1, 1, 1, 1)
-    return (images / step).floor_() * step
+    return (images / step).floor_().mul_(step)
 
 
 def solarize(images: Images, threshold: PerPicture) -> Images:
     """Invert levels at and above `threshold`."""
-    return torch.where(images < threshold.view(-1, 1, 1, 1), images, 255.0 - images)
+    # Arithmetic, because comparing and choosing cost a CPU several times as much: 1 from the threshold on, else 0.
+    inverted = (images - (threshold.ceil() - 1.0).view(-1, 1, 1, 1)).clamp_(0.0, 1.0)
+    return inverted.mul_(-255.0).add_(images).abs_()
 
 
 def solarize_add(images: Images, amount: PerPicture) -> Images:
     """Add `amount` to levels below 128."""
-    return torch.where(images < 128, (images + amount.view(-1, 1, 1, 1)).clamp_(0.0, 255.0), images)
+    dark = (128.0 - images).clamp_(0.0, 1.0)  # 1 or 0
+    return dark.mul_(amount.view(-1, 1, 1, 1)).add_(images).clamp_(0.0, 255.0)
 
 
 def color(images: Images, factor: PerPicture) -> Images:
@@ -70,15 +91,16 @@ def contrast(images: Images, factor: PerPicture) -> Images:
 
 def brightness(images: Images, factor: PerPicture) -> Images:
     """Multiply all levels."""
-    return _blend(torch.zeros((), device=images.device), images, factor)
+    return (images * factor.view(-1, 1, 1, 1)).clamp_(0.0, 255.0).floor_()
 
 
 def sharpness(images: Images, factor: PerPicture) -> Images:
     """Move levels away from a smoothed picture, or towards it. The outermost pixels stay as they are."""
     # Pillow's SMOOTH kernel: ones with a 5 in the middle, over 13. Whole sums, so nothing rounds before the division.
-    total = F.avg_pool2d(images, 3, stride=1, divisor_override=1) + 4.0 * images[..., 1:-1, 1:-1]
+    rows = (images[..., :-2, :] + images[..., 1:-1, :]).add_(images[..., 2:, :])
+    total = torch.add(rows[..., :-2] + rows[..., 1:-1], rows[..., 2:]).add_(images[..., 1:-1, 1:-1], alpha=4.0)
     smooth = images.clone()
-    smooth[..., 1:-1, 1:-1] = (total / 13.0 + 0.5).floor_()
+    smooth[..., 1:-1, 1:-1] = total.div_(13.0).add_(0.5).floor_()
     return _blend(smooth, images, factor)
 
 
@@ -86,9 +108,12 @@ def cutout(
     images: Images, half: PerPicture, rows: Int[Tensor, " b"], columns: Int[Tensor, " b"], fill: Float[Tensor, "c 1 1"]
 ) -> Images:
     """Fill a square of side 2 * `half` around row and column with the colour `fill`."""
-    side = 2 * half
-    mask = rectangle_masks(rows - half, columns - half, side, side, (images.shape[2], images.shape[3]))
-    return torch.where(mask[:, None], fill, images)
+    inside = []
+    for middles, length in ((rows, images.shape[2]), (columns, images.shape[3])):
+        places, first = torch.arange(length, device=half.device), (middles - half)[:, None]
+        inside.append(((places >= first) & (places < first + 2 * half[:, None])).to(images.dtype))
+    mask = inside[0][:, None, :, None] * inside[1][:, None, None, :]
+    return (fill - images).mul_(mask).add_(images)
 
 
 def rectangle_masks(
@@ -107,16 +132,20 @@ def affine(images: Images, maps: Float[Tensor, "b 2 3"], fill: Float[Tensor, "c 
 
     Maps take (x, y, 1), pixels' centres at halves, to x and y in the source, as Pillow's `transform` does.
     """
-    height, width = images.shape[2:]
-    x = torch.arange(width, dtype=maps.dtype, device=maps.device) + 0.5
-    y = torch.arange(height, dtype=maps.dtype, device=maps.device)[:, None] + 0.5
-    at = maps[..., None, None]
-    source_x = at[:, 0, 0] * x + at[:, 0, 1] * y + at[:, 0, 2]
-    source_y = at[:, 1, 0] * x + at[:, 1, 1] * y + at[:, 1, 2]
-    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-    grid = torch.stack([source_x * (2.0 / width) - 1.0, source_y * (2.0 / height) - 1.0], dim=-1)
+    grid = torch.empty(len(images), *images.shape[2:], 2, dtype=maps.dtype, device=maps.device)
+    outside = torch.zeros((), dtype=maps.dtype, device=maps.device)
+    x, y = ((torch.arange(n, dtype=maps.dtype, device=maps.device) + 0.5) for n in (images.shape[3], images.shape[2]))
+    for axis, length in ((0, images.shape[3]), (1, images.shape[2])):
+        from_x, from_y, shift = maps[:, axis, :, None].unbind(dim=1)
+        source = ((from_x * x)[:, None, :] + (from_y * y)[:, :, None]).add_(shift[..., None])
+        # Arithmetic, because comparing and choosing cost a CPU several times as much: how many pixels beyond the edge.
+        middle = (length - 1) / 2
+        outside = torch.maximum(outside, source.floor().sub_(middle).abs_().sub_(middle))
+        # From -1 at one edge of the picture to 1 at the other, as `grid_sample` counts.
+        grid[..., axis] = source.mul_(2.0 / length).sub_(1.0)
     moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return torch.where(inside[:, None], moved.round_(), fill)
+    inside = (1.0 - outside.clamp_(max=1.0))[:, None]
+    return moved.round_().sub_(fill).mul_(inside).add_(fill)
 
 
 def affine_maps(name: str, amount: PerPicture, size: tuple[int, int]) -> Float[Tensor, "b 2 3"]:
@@ -142,12 +171,14 @@ def affine_maps(name: str, amount: PerPicture, size: tuple[int, int]) -> Float[T
 
 def _blend(start: Tensor, images: Tensor, factor: Tensor) -> Tensor:
     """Go from `start` towards `images` by `factor`, beyond them above 1; clip, and cut fractions off as Pillow does."""
-    return (start + factor.view(-1, 1, 1, 1) * (images - start)).clamp_(0.0, 255.0).floor_()
+    moved = (images - start).mul_(factor.view(-1, 1, 1, 1)).add_(start)
+    return moved.clamp_(0.0, 255.0).floor_()
 
 
 def _grey(images: Tensor) -> Tensor:
     """Return Pillow's luma, (b, 1, h, w): ITU-R 601 weights over 2^16, rounded. All sums are exact in float32."""
     if images.shape[1] == 1:
         return images
-    red, green, blue = images.unbind(dim=1)
-    return ((19595.0 * red + 38470.0 * green + 7471.0 * blue + 32768.0) * 2.0**-16).floor_()[:, None]
+    red, green, blue = images.split(1, dim=1)
+    total = (19595.0 * red).add_(green, alpha=38470.0).add_(blue, alpha=7471.0)
+    return total.add_(32768.0).mul_(2.0**-16).floor_()

@@ -9,6 +9,7 @@
 All draw a table row per picture; the rows say operation and argument. Operations act in groups of pictures.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -157,11 +158,18 @@ def apply_policy(
     centres = [
         choice(keys, draw, n, (count,)) for draw, n in zip((Draw.POLICY_TOP, Draw.POLICY_LEFT), size, strict=True)
     ]
+    most = ops.pictures_at_once(images)
+    if most == 1:  # all that is done to a large picture is done while it lies in the cache
+        for row, names in enumerate(numbers.tolist()):
+            for turn, number in enumerate(names):
+                rows, middles = slice(row, row + 1), (centres[0][:, turn], centres[1][:, turn])
+                _apply(images, {OPERATIONS[number]: [rows]}, arguments[:, turn], middles, fill)
+        return images
     for turn in range(count):
         # One sort and one look at the counts serve all operations: on a GPU, one synchronisation instead of sixteen.
         counts = torch.bincount(numbers[:, turn], minlength=len(OPERATIONS)).tolist()
         groups = numbers[:, turn].argsort(stable=True).split(counts)
-        chosen = {name: rows for name, rows in zip(OPERATIONS, groups, strict=True) if len(rows)}
+        chosen = {name: rows.split(most) for name, rows in zip(OPERATIONS, groups, strict=True) if len(rows)}
         _apply(images, chosen, arguments[:, turn], (centres[0][:, turn], centres[1][:, turn]), fill)
     return images
 
@@ -351,21 +359,27 @@ def _signed_operations(device: torch.device) -> Tensor:
 
 
 def _apply(
-    images: Tensor, chosen: dict[str, Tensor], arguments: Tensor, centres: tuple[Tensor, Tensor], fill: Tensor
+    images: Tensor,
+    chosen: Mapping[str, Sequence[Tensor | slice]],
+    arguments: Tensor,
+    centres: tuple[Tensor, Tensor],
+    fill: Tensor,
 ) -> None:
-    """Overwrite the rows that `chosen` lists by operation."""
+    """Overwrite the rows that `chosen` lists by operation, so many at once."""
     height, width = images.shape[2:]
-    maps = []
-    for name, rows in chosen.items():
-        argument = arguments[rows]
-        if name in WITHOUT_ARGUMENT:
-            images[rows] = WITHOUT_ARGUMENT[name](images[rows])
-        elif name in WITH_ARGUMENT:
-            images[rows] = WITH_ARGUMENT[name](images[rows], argument)
-        elif name == "Cutout":
-            images[rows] = ops.cutout(images[rows], argument, centres[0][rows], centres[1][rows], fill)
-        elif name in AFFINE:
-            maps.append((rows, ops.affine_maps(name, argument, (height, width))))
-    if maps:  # all geometry in one go
-        rows = torch.cat([rows for rows, _ in maps])
-        images[rows] = ops.affine(images[rows], torch.cat([part for _, part in maps]), fill)
+    for name, parts in chosen.items():
+        for rows in parts if name != "Identity" else ():
+            pictures = images[rows] if isinstance(rows, slice) else images.index_select(0, rows)
+            argument = arguments[rows]
+            if name in WITHOUT_ARGUMENT:
+                pictures = WITHOUT_ARGUMENT[name](pictures)
+            elif name in WITH_ARGUMENT:
+                pictures = WITH_ARGUMENT[name](pictures, argument)
+            elif name in AFFINE:
+                pictures = ops.affine(pictures, ops.affine_maps(name, argument, (height, width)), fill)
+            else:
+                pictures = ops.cutout(pictures, argument, centres[0][rows], centres[1][rows], fill)
+            if isinstance(rows, slice):
+                images[rows] = pictures
+            else:
+                images.index_copy_(0, rows, pictures)

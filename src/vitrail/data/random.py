@@ -82,11 +82,15 @@ def choice(
     keys: Int[Tensor, " b"], stream: int, n: int | Int[Tensor, " b"], shape: tuple[int, ...] = ()
 ) -> Int[Tensor, "b ..."]:
     """Return uniform integers from 0 to n - 1; `n` is at most 2^31 and may differ from key to key."""
-    high = _shift(_words(keys, stream, shape), 32)
     if isinstance(n, Tensor):
         n = n.view(-1, *(1,) * len(shape))
     # Multiply and shift: no modulo bias, and exact in integers where a float product could round up to n.
-    return _shift(high * n, 32)
+    return _shift(high_words(keys, stream, shape) * n, 32)
+
+
+def high_words(keys: Int[Tensor, " b"], stream: int, shape: tuple[int, ...] = ()) -> Int[Tensor, "b ..."]:
+    """Return what `choice` is made of, integers from 0 to 2^32 - 1: a choice among n is word * n / 2^32, cut off."""
+    return _shift(_words(keys, stream, shape), 32)
 
 
 def beta(keys: Int[Tensor, " b"], stream: int, alpha: float) -> Float[Tensor, " b"]:

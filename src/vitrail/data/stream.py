@@ -3,12 +3,17 @@
 Position p of the stream is place p mod n of epoch p div n, in an order drawn from (seed, epoch). Batches run across
 the ends of epochs. So the whole state is one number, no picture is lost or repeated in an epoch, and neither the number
 of threads nor of processes changes what is seen.
+
+Batches are made ahead of the training thread: one thread lays out the next ones, and decoding threads fill them. All
+that is left to it is to take the next, whose broken pictures it then counts, so that the count belongs to the position.
 """
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,14 +23,15 @@ from torch import Tensor
 
 from vitrail.config.preprocessing import Preprocessing
 from vitrail.config.run import AugmentConfig
-from vitrail.data.augment import augmented_view, training_boxes
+from vitrail.data.augment import augmented_view
 from vitrail.data.base import Batch, Picture, Source
+from vitrail.data.boxes import BoxDraws
 from vitrail.data.random import sample_keys
-from vitrail.data.view import view_pixels
+from vitrail.data.view import check_channels, view_pixels
 from vitrail.errors import BrokenPicture, UserError
 
 log = logging.getLogger("vitrail")
-PREFETCH = 3  # batches decoded ahead: hides a slow picture without holding much memory
+AHEAD = 3  # updates ready or in the making: hides a slow picture without holding much memory
 
 
 class Place(NamedTuple):
@@ -36,6 +42,19 @@ class Place(NamedTuple):
     """Index in the source."""
     showing: int
     """Number of its own within the epoch: balanced, a rare picture comes often, and is to look different each time."""
+
+
+class Reading(NamedTuple):
+    """A micro-batch whose pictures are being read."""
+
+    batch: Batch
+    """Its rows are filled as pictures arrive."""
+    tasks: list[Future[None]]
+    """Done when all have arrived."""
+    places: Sequence[Place]
+    """What stands in each row."""
+    broken: dict[int, str]
+    """Row and reason of each picture that cannot be read."""
 
 
 class Order:
@@ -94,6 +113,7 @@ class Stream(Iterator[list[Batch]]):
         max_broken: float = 0.01,
         rank: int = 0,
         world: int = 1,
+        pinned: bool = False,
     ) -> None:
         """Prepare to read from position 0.
 
@@ -104,11 +124,12 @@ class Stream(Iterator[list[Batch]]):
             batch_size: Pictures per update over all processes; a multiple of `world * accumulation`.
             seed: Of the order and of every picture's augmentation.
             accumulation: Micro-batches per update.
-            workers: Decoding threads; 0 decodes when asked.
+            workers: Decoding threads; 0 reads when asked.
             balanced: Draw every class equally often.
             max_broken: Share of the source that may be unreadable.
             rank: Number of this process.
             world: Number of processes; each takes its contiguous part of every micro-batch.
+            pinned: Put pictures into memory that a GPU can copy from by itself.
 
         Raises:
             UserError: When sizes do not divide.
@@ -120,7 +141,7 @@ class Stream(Iterator[list[Batch]]):
         self.source = source
         self.broken: dict[int, str] = {}
         self._preprocessing, self._augment = augmented_view(augment, preprocessing), augment
-        self._seed, self._max_broken = seed, max_broken
+        self._seed, self._max_broken, self._pinned = seed, max_broken, pinned
         self._order = Order(source, seed=seed, balanced=balanced)
         self._targets = torch.from_numpy(np.ascontiguousarray(source.targets))
         self._batch_size = batch_size
@@ -129,10 +150,13 @@ class Stream(Iterator[list[Batch]]):
         self._slices = [slice((m * world + rank) * part, (m * world + rank + 1) * part) for m in range(accumulation)]
         self._position = 0
         pixels = source.pixels()
-        self._pixels = None if pixels is None else torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        threaded = workers > 0 and pixels is None
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode") if threaded else None
-        self._ahead: deque[list[list[tuple[Place, Future[Picture]]]]] = deque()
+        self._pixels = None if pixels is None else np.ascontiguousarray(pixels)
+        self._workers = workers
+        self._maker = ThreadPoolExecutor(1, thread_name_prefix="batch") if workers else None
+        threaded = workers > 0 and self._pixels is None
+        self._decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode") if threaded else None
+        self._ahead: deque[Future[list[Reading]]] = deque()
+        self._dropped = threading.Event()  # set, it tells threads that what they read is no longer wanted
 
     def __next__(self) -> list[Batch]:
         """Return the micro-batches of the next update. Broken pictures are left out.
@@ -140,14 +164,16 @@ class Stream(Iterator[list[Batch]]):
         Raises:
             UserError: When more than `max_broken` of the pictures cannot be read.
         """
-        if self._pixels is not None:
-            batches = [self._gather(places) for places in self._places(self._position)]
-        elif self._pool is None:
-            batches = [self._stack([(p, self._load(p)) for p in places]) for places in self._places(self._position)]
+        if self._maker is None:
+            update = self._begin(self._position, self._dropped)
         else:
-            self._read_ahead(self._pool)
-            batches = [self._stack(part) for part in self._ahead.popleft()]
+            self._read_ahead(self._maker)
+            update = self._ahead[0].result()
+        batches = [self._finished(reading) for reading in update]
         self._position += self._batch_size
+        if self._maker is not None:
+            self._ahead.popleft()
+            self._read_ahead(self._maker)
         return batches
 
     @property
@@ -166,14 +192,28 @@ class Stream(Iterator[list[Batch]]):
         self._drop_ahead()
 
     def close(self) -> None:
-        """Stop the decoding threads."""
+        """Stop the threads."""
         self._drop_ahead()
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        for pool in (self._maker, self._decoders):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
 
-    def _places(self, position: int) -> list[list[Place]]:
-        """Return the pictures of this process's micro-batches of the update that starts at `position`."""
-        return [[self._order.at(position + i) for i in range(part.start, part.stop)] for part in self._slices]
+    def _read_ahead(self, maker: ThreadPoolExecutor) -> None:
+        while len(self._ahead) < AHEAD:
+            position = self._position + len(self._ahead) * self._batch_size
+            self._ahead.append(maker.submit(self._begin, position, self._dropped))
+
+    def _drop_ahead(self) -> None:
+        self._dropped.set()
+        self._dropped = threading.Event()
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+
+    def _begin(self, position: int, dropped: threading.Event) -> list[Reading]:
+        """Begin to read this process's micro-batches of the update that starts at `position`."""
+        parts = [[self._order.at(position + i) for i in range(part.start, part.stop)] for part in self._slices]
+        return [self._gather(places) if self._pixels is not None else self._read(places, dropped) for places in parts]
 
     def _keys(self, places: Sequence[Place]) -> Int[Tensor, " b"]:
         keys = torch.empty(len(places), dtype=torch.int64)
@@ -182,59 +222,73 @@ class Stream(Iterator[list[Batch]]):
             keys[rows] = sample_keys(self._seed, epoch, torch.tensor([places[row].showing for row in rows]))
         return keys
 
-    def _gather(self, places: Sequence[Place]) -> Batch:
+    def _gather(self, places: Sequence[Place]) -> Reading:
         """Take a batch out of memory; augmentation crops it."""
         assert self._pixels is not None
-        index = torch.tensor([place.picture for place in places])
-        return Batch(self._pixels[index], self._targets[index], self._keys(places), cropped=False)
+        index = np.array([place.picture for place in places])
+        images = self._empty(len(places), *self._pixels.shape[1:])
+        np.take(self._pixels, index, axis=0, out=images.numpy(), mode="clip")  # other modes copy once more
+        return Reading(self._batch(images, places, self._keys(places), cropped=False), [], places, {})
 
-    def _read_ahead(self, pool: ThreadPoolExecutor) -> None:
-        while len(self._ahead) < PREFETCH:
-            parts = self._places(self._position + len(self._ahead) * self._batch_size)
-            self._ahead.append([[(place, pool.submit(self._decode, place)) for place in part] for part in parts])
+    def _read(self, places: Sequence[Place], dropped: threading.Event) -> Reading:
+        """Begin to decode a batch from files; without threads, do it."""
+        images = self._empty(len(places), *self._preprocessing.image_size, self._preprocessing.channels)
+        keys = self._keys(places)
+        boxes = BoxDraws(keys, self._augment, self._preprocessing)
+        pixels, waiting = images.numpy(), deque(range(len(places)))
+        broken: dict[int, str] = {}
 
-    def _drop_ahead(self) -> None:
-        for _, future in (item for parts in self._ahead for part in parts for item in part):
-            future.cancel()
-        self._ahead.clear()
+        def work() -> None:
+            while not dropped.is_set():
+                try:
+                    row = waiting.popleft()
+                except IndexError:
+                    return
+                try:
+                    picture = self._decode(places[row].picture, boxes, row)
+                except BrokenPicture as reason:
+                    broken[row] = str(reason)
+                    continue
+                check_channels(picture.shape[2], self._preprocessing)
+                pixels[row] = picture
 
-    def _decode(self, place: Place) -> Picture:
+        tasks = []
+        if self._decoders is None:
+            work()
+        else:
+            # A task a thread, not a picture: handing over a task costs as much as a small picture.
+            tasks = [self._decoders.submit(work) for _ in range(min(self._workers, len(places)))]
+        return Reading(self._batch(images, places, keys, cropped=True), tasks, places, broken)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def _batch(self, images: Tensor, places: Sequence[Place], keys: Tensor, *, cropped: bool) -> Batch:
+        targets = self._targets[torch.tensor([place.picture for place in places])]
+        if self._pinned:
+            targets, keys = targets.pin_memory(), keys.pin_memory()
+        return Batch(images.permute(0, 3, 1, 2), targets, keys, cropped=cropped)
+
+    def _decode(self, index: int, boxes: BoxDraws, row: int) -> Picture:
         """Return one picture at the size at which it is augmented, randomly cropped if augmentation says so."""
-        size, augment = self._preprocessing.image_size, self._augment
-        if augment.crop not in ("resized", "random"):
-            return view_pixels(self.source.load(place.picture), self._preprocessing)
+        if self._augment.crop not in ("resized", "random"):
+            return view_pixels(self.source.load(index), self._preprocessing)
+        size, interpolation = self._preprocessing.image_size, self._preprocessing.interpolation
+        return self.source.load_crop(index, partial(boxes.box, row), size, interpolation)
 
-        def choose_box(height: int, width: int) -> tuple[float, float, float, float]:
-            sizes = torch.tensor([height]), torch.tensor([width])
-            box = training_boxes(self._keys([place]), *sizes, augment, self._preprocessing)
-            top, left, rows, columns = box[0].tolist()
-            return top, left, rows, columns
-
-        return self.source.load_crop(place.picture, choose_box, size, self._preprocessing.interpolation)
-
-    def _load(self, place: Place) -> Future[Picture]:
-        """Decode here and now, in the shape of a thread's answer."""
-        future: Future[Picture] = Future()
-        try:
-            future.set_result(self._decode(place))
-        except BrokenPicture as reason:
-            future.set_exception(reason)
-        return future
-
-    def _stack(self, loaded: Sequence[tuple[Place, Future[Picture]]]) -> Batch:
-        places: list[Place] = []
-        pictures: list[Picture] = []
-        for place, future in loaded:
-            try:
-                pictures.append(future.result())
-                places.append(place)
-            except BrokenPicture as reason:
-                self._note_broken(place.picture, str(reason))
-        if not pictures:
-            raise UserError(f"none of {len(loaded)} pictures in a row can be read; `vitrail check` lists them.")
-        index = torch.tensor([place.picture for place in places])
-        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-        return Batch(images, self._targets[index], self._keys(places), cropped=True)
+    def _finished(self, reading: Reading) -> Batch:
+        """Wait for the last picture, note what was broken, and return the rest."""
+        for task in reading.tasks:
+            task.result()
+        batch, broken = reading.batch, reading.broken
+        if not broken:
+            return batch
+        for row in sorted(broken):
+            self._note_broken(reading.places[row].picture, broken[row])
+        whole = [row for row in range(len(batch)) if row not in broken]
+        if not whole:
+            raise UserError(f"none of {len(batch)} pictures in a row can be read; `vitrail check` lists them.")
+        return Batch(batch.images[whole], batch.targets[whole], batch.keys[whole], cropped=True)
 
     def _note_broken(self, index: int, reason: str) -> None:
         if index in self.broken:

@@ -6,7 +6,7 @@ from Pillow's `resize(box=...)` only by rounding: see `resample`. The same matri
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ def resize_matrix(
 
 
 def resize_matrices(
-    source: int,
+    source: int | torch.SymInt,  # an exported file calculates them for pictures of any size
     target: int,
     starts: Float[Tensor, " b"],
     lengths: Float[Tensor, " b"],
@@ -69,7 +69,7 @@ def resize_matrices(
     wide = step.clamp(min=1.0) if antialias else torch.ones_like(step)
     at = torch.arange(target, dtype=starts.dtype, device=starts.device)[:, None]
     centre = starts[:, None, None] + (at + 0.5) * step
-    x = (torch.arange(source, dtype=starts.dtype, device=starts.device) + 0.5 - centre).abs_().div_(wide)
+    x = (torch.arange(cast(int, source), dtype=starts.dtype, device=starts.device) + 0.5 - centre).abs_().div_(wide)
     weights = (1.0 - x).clamp_(min=0.0)
     if filter == "bicubic":
         # The two pieces of the cubic, |x| < 1 and |x| < 2, as sums of truncated powers: no branches.
@@ -161,10 +161,20 @@ def view_pixels(picture: Picture, preprocessing: Preprocessing) -> Resized:
     return levels.round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
-def normalise(images: Num[Tensor, "b c h w"], preprocessing: Preprocessing) -> Float[Tensor, "b c h w"]:
-    """Return (levels / 255 - mean) / std of levels in [0, 255], bytes or floats. The mean colour becomes exactly 0."""
+def normalise(
+    images: Num[Tensor, "b c h w"], preprocessing: Preprocessing, *, overwrite: bool = False
+) -> Float[Tensor, "b c h w"]:
+    """Return (levels / 255 - mean) / std of levels in [0, 255], bytes or floats. The mean colour becomes exactly 0.
+
+    Args:
+        images: Levels.
+        preprocessing: What the model takes.
+        overwrite: Whether float levels are of no further use: then the result takes their place.
+    """
     check_channels(images.shape[1], preprocessing)
     mean, gain = _statistics(preprocessing, images.device)
+    if overwrite and images.is_floating_point():
+        return images.sub_(mean).mul_(gain)
     return (images.float() - mean).mul_(gain)
 
 

@@ -42,6 +42,7 @@ def relevance(
         UserError: When the model is no ViT, or has no head.
     """
     vit = as_vit(model)
+    vit.require_places()
     layers, pool = [block.attention for block in vit.blocks()], vit.attention_pool
     outs = [layer.out for layer in layers] + ([] if pool is None else [pool.out])
     with noted(layers, inputs=True) as read, noted(outs, inputs=True) as mixed, noted([vit.norm]) as last:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.errors import UserError
+from vitrail.layers.attention import attend
 from vitrail.layers.embedding import PositionResize
 
 Grid = tuple[int, int]
@@ -29,8 +30,7 @@ class RelativeAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n c"], grid: Grid) -> Float[Tensor, "b n d"]:
         query, key, value = self._project(x)
-        bias = self.bias(grid).to(query.dtype)[None]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        mixed = attend(query, key, value, bias=self.bias(grid))
         return self.out(rearrange(mixed, "b heads n dh -> b n (heads dh)"))
 
     def weights(self, x: Float[Tensor, "b n c"], grid: Grid) -> Float[Tensor, "b heads n n"]:

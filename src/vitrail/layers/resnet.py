@@ -90,7 +90,8 @@ class ResNet(nn.Module):
             entering = EXPANSION * inner
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
-        x = F.relu(self.norm(self.conv(images)))
+        # convolutions are faster where channels lie last
+        x = F.relu(self.norm(self.conv(images.contiguous(memory_format=torch.channels_last))))
         x = F.max_pool2d(pad_same(x, (3, 3), (2, 2), value=float("-inf")), 3, stride=2)
         for stage in self.stages:
             x = stage(x)

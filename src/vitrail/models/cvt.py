@@ -15,9 +15,9 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitrail.config.cvt import CvTConfig
+from vitrail.layers.attention import attend
 from vitrail.layers.feedforward import FeedForward
 from vitrail.layers.residual import DropPath
 from vitrail.models.base import ImageModel
@@ -79,7 +79,7 @@ class ConvAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"], grid: Grid) -> Float[Tensor, "b n d"]:
         query, key, value = self._project(x, grid)
-        mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        mixed = attend(query, key, value, scale=self.scale)
         return self.out(rearrange(mixed, "b heads n dh -> b n (heads dh)"))
 
     def weights(self, x: Float[Tensor, "b n d"], grid: Grid) -> Float[Tensor, "b heads n m"]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from vitrail.config.vit import ConvStem, ResNetStem, ViTConfig
+from vitrail.errors import UserError
 from vitrail.layers.attention import Attention, AttentionPool
 from vitrail.layers.conv_stem import ConvolutionalStem
 from vitrail.layers.embedding import PositionResize, resize_positions, sincos_positions
@@ -23,6 +24,7 @@ from vitrail.layers.feedforward import FeedForward
 from vitrail.layers.initial import lecun_normal
 from vitrail.layers.residual import DropPath
 from vitrail.layers.resnet import ResNet
+from vitrail.layers.token_merging import mean_of_merged, merge_tokens
 from vitrail.models.base import ImageModel
 
 
@@ -53,6 +55,22 @@ class Block(nn.Module):
         self.attention.init_weights()
         self.norm2.reset_parameters()
         self.mlp.init_weights()
+
+
+class MergingBlock(Block):
+    """Encoder block that merges similar tokens between its halves: ToMe (Bolya et al., 2023, arXiv 2210.09461)."""
+
+    def __init__(self, config: ViTConfig, drop_path: float) -> None:
+        super().__init__(config, drop_path)
+        self.count, self.class_token = config.merge_tokens, config.pool == "token"
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "b n d"], sizes: Float[Tensor, "b n"]
+    ) -> tuple[Float[Tensor, "b fewer d"], Float[Tensor, "b fewer"]]:
+        y, keys = self.attention.proportional(self.norm1(x), sizes)
+        x = x + self.drop_path(self.dropout(y))
+        x, sizes = merge_tokens(x, sizes, keys, self.count, class_token=self.class_token)
+        return x + self.drop_path(self.mlp(self.norm2(x))), sizes
 
 
 Config = TypeVar("Config", bound=ViTConfig, default=ViTConfig, covariant=True)
@@ -99,33 +117,62 @@ class ViT(ImageModel[Config]):
 
     def make_block(self, number: int, drop_path: float) -> Block:
         """Return a fresh block of the encoder, told its number and its rate of stochastic depth."""
-        return Block(self.config, drop_path)
+        return (MergingBlock if self.config.merge_tokens else Block)(self.config, drop_path)
 
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        if self.config.merge_tokens:
+            return self.pooled(*self.merged_tokens(images))
         return self.pooled(self.tokens(images))
 
-    def pooled(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b width"]:
-        """Return the vector that the head classifies, from the encoder's output."""
+    def pooled(
+        self, tokens: Float[Tensor, "b n d"], sizes: Float[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b width"]:
+        """Return the vector that the head classifies, from the encoder's output; `sizes` are those of merged tokens."""
         if self.attention_pool is not None:
-            pooled = self.attention_pool(tokens)
+            pooled = self.attention_pool(tokens, sizes)
+        elif self.class_token is not None:
+            pooled = tokens[:, 0]
         else:
-            pooled = tokens[:, 0] if self.class_token is not None else tokens.mean(dim=1)
+            pooled = tokens.mean(dim=1) if sizes is None else mean_of_merged(tokens, sizes)
             if self.config.pool == "gap+max":
                 pooled = torch.cat([pooled, tokens.amax(dim=1)], dim=1)
         return pooled if self.pre_logits is None else torch.tanh(self.pre_logits(pooled))
 
     def tokens(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        """Return the encoder's output after the final norm: the class token, where there is one, then the patches."""
+        """Return the encoder's output after the final norm: the class token, where there is one, then the patches.
+
+        Raises:
+            UserError: When tokens are merged.
+        """
+        self.require_places()
         x = self.embed(images)
         for block in self.encoder:
             x = block(x)
         return self.norm(x)
+
+    def merged_tokens(
+        self, images: Float[Tensor, "b c h w"]
+    ) -> tuple[Float[Tensor, "b fewer d"], Float[Tensor, "b fewer"]]:
+        """Return the encoder's output when tokens are merged, and of how many each is made; the class token first."""
+        x = self.embed(images)
+        sizes = torch.ones(x.shape[:2], device=x.device)
+        for block in self.encoder:
+            x, sizes = block(x, sizes)
+        return self.norm(x), sizes
+
+    def require_places(self) -> None:
+        """Raise UserError when tokens are merged: then they are no patches, and have no place in the picture."""
+        if self.config.merge_tokens:
+            raise UserError(
+                "merged tokens have no place in the picture: load the model with merge_tokens=0; weights stay the same."
+            )
 
     def feature_map(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
         rows, columns = self.config.grid_at((images.shape[2], images.shape[3]))
         return rearrange(self.tokens(images)[:, -rows * columns :], "b (h w) d -> b d h w", h=rows)
 
     def attention(self, images: Float[Tensor, "b c h w"]) -> Iterator[Float[Tensor, "b heads n n"]]:
+        self.require_places()
         x = self.embed(images)
         for block in self.blocks():
             yield block.attention.weights(block.norm1(x))

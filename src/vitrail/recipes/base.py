@@ -1,12 +1,13 @@
 """What a recipe is at run time: models, optimizers, and one update from micro-batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from vitrail.config.run import OptimConfig
@@ -69,6 +70,14 @@ class Learner(ABC):
         rate = learning_rate(self.optim, step, total)
         set_learning_rate(self.optimizers.values(), rate)
         return rate
+
+    def clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Clip the gradient of these parameters to `optim.clip_norm`, where that is on, and return the norm it had."""
+        parameters = list(parameters)
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.optim.clip_norm:
+            clip_grads_with_norm_(parameters, self.optim.clip_norm, norm)
+        return norm
 
     def let_learn(self, *, head_only: bool) -> None:
         """Say what learns from here on.

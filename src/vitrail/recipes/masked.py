@@ -130,7 +130,7 @@ class MaskedLearner(Learner):
                 self.scaler.scale(part).backward()
             loss += part.detach()
         self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.models.parameters(), self.optim.clip_norm or torch.inf)
+        norm = self.clip(self.models.parameters())
         self.scaler.step(optimizer)
         self.scaler.update()
         if self.average is not None:
@@ -238,6 +238,7 @@ def _plain_vit(model: ImageModel, optim: OptimConfig) -> ViT:
             "masked pre-training needs a ViT that cuts its patches from the picture itself: a hybrid's stem would look "
             "from one patch into the next. Choose a plain one with --model, such as vit-b16."
         )
+    model.require_places()
     rows, columns = model.config.grid_at(model.preprocessing.image_size)
     if rows * columns < 2:
         raise UserError("masked pre-training needs pictures of at least two patches; lower --model.patch-size.")

@@ -12,10 +12,11 @@ meta_pseudo_labels/training_utils.py) h has the sign that the derivation gives i
 measured alike; `feedback="released"` does as the release does.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from enum import IntEnum
+from functools import partial
 from typing import Any, NamedTuple, final
 
 import torch
@@ -33,6 +34,7 @@ from vitrail.errors import UserError
 from vitrail.losses import classification_loss
 from vitrail.models import build
 from vitrail.models.base import ImageModel, WithLoss
+from vitrail.models.blocks import recompute_contexts
 from vitrail.optim import AveragedWeights, build_optimizer, learning_rate, prepare, set_learning_rate
 from vitrail.parallel import Precision, autocast, average_over_processes, mean_over_processes, world_size
 from vitrail.recipes.base import Learner
@@ -223,7 +225,7 @@ class MetaPseudoLabelsLearner(Learner):
             if keep:
                 answer = self.teacher(images)
             else:
-                contexts = lambda: (nullcontext(), _buffers_put_back(self.teacher))  # noqa: E731
+                contexts = partial(recompute_contexts, self.teacher)
                 answer = checkpoint(self.teacher, images, use_reentrant=False, context_fn=contexts)
         logits, own = _taken_apart(answer)
         labelled, weak, strong = logits.float().split([len(views.labelled), len(views.weak), len(views.strong)])
@@ -362,7 +364,7 @@ class MetaPseudoLabelsLearner(Learner):
     def _descend(self, name: str) -> Tensor:
         """Step by a model's gradient, clipped, and return the gradient's norm."""
         self.scaler.unscale_(self.optimizers[name])
-        norm = nn.utils.clip_grad_norm_(self.models[name].parameters(), self.optim.clip_norm or torch.inf)
+        norm = self.clip(self.models[name].parameters())
         self.scaler.step(self.optimizers[name])
         return norm
 
@@ -392,19 +394,3 @@ def _require_fitting(model: ImageModel, optim: OptimConfig, augment: Augment) ->
         )
     if optim.train == "head" or optim.head_first:
         raise UserError("Meta Pseudo Labels trains whole models: leave out --optim.train head and --optim.head-first.")
-
-
-@contextmanager
-def _buffers_put_back(model: nn.Module) -> Iterator[None]:
-    """Put buffers back when the context ends: BatchNorm's statistics count a batch once, however often it is computed.
-
-    By their data: autograd, which has noted the buffers in the pass before, takes no notice. SAM's way, to turn
-    tracking off, cannot serve: checkpointing refuses a second pass that keeps other tensors for the backward pass than
-    the first, and BatchNorm keeps its statistics only where it tracks them.
-    """
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, before in kept:
-            buffer.data.copy_(before)

@@ -92,7 +92,7 @@ class SamLearner(SupervisedLearner):
         for name, g in gradient.items():
             self._weights[name].grad = g
         self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm or torch.inf)
+        norm = self.clip(self.model.parameters())
         self.scaler.step(optimizer)
         self.scaler.update()
         if self.average is not None:

@@ -69,7 +69,7 @@ class SupervisedLearner(Learner):
                 self.scaler.scale(part).backward()
             loss += part.detach()
         self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm or torch.inf)
+        norm = self.clip(self.model.parameters())
         self.scaler.step(optimizer)
         self.scaler.update()
         if self.average is not None:

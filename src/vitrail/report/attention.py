@@ -21,8 +21,11 @@ SIDE = 120  # pixels of an overlay's longer side
 
 
 def attention_section(evaluation: Evaluation, source: Source, model: ImageModel) -> dict[str, Any] | None:
-    """Return overlays, position similarity, filters and attention distance; None for models other than ViTs."""
-    if not isinstance(model, ViT):
+    """Return overlays, position similarity, filters and attention distance; None for models other than ViTs.
+
+    None, too, for ViTs that merge tokens: those have no place in the picture.
+    """
+    if not isinstance(model, ViT) or model.config.merge_tokens:
         return None
     shown = evaluation.right(RIGHT) + evaluation.worst(WRONG)
     overlays = [_overlay(answer, source, model) for answer in shown]

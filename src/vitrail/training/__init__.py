@@ -13,13 +13,14 @@ import torch
 
 from vitrail.config.run import RunConfig
 from vitrail.errors import UserError
-from vitrail.parallel import pick_precision, processes, rank, world_size
+from vitrail.parallel import matrix_products, memory_kept, pick_precision, processes, rank, world_size
 from vitrail.training.callbacks import Callback, TensorBoard
 from vitrail.training.finding import find_settings, is_out_of_memory
 from vitrail.training.folder import RunFolder
 from vitrail.training.loop import Loop
-from vitrail.training.setup import Parts, assemble, open_run_data, resolve_length
-from vitrail.training.signals import stop_on_signals
+from vitrail.training.setup import Parts, assemble, open_run_data, pack, resolve_length
+from vitrail.training.signals import StopRequest, stop_on_signals
+from vitrail.training.speed import advise_bf16, require_compiler, settle_compiling
 
 __all__ = ["Callback", "RunResult", "run_training"]
 
@@ -59,17 +60,14 @@ def run_training(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunRe
         begun = folder.resume_config(config)
         # 2. Data, then the model that fits it, then learner and stream.
         wanted = begun or config
+        if wanted.loop.compile == "on":
+            require_compiler(device)
         precision = pick_precision(wanted.loop.precision, device)
-        parts = assemble(wanted, open_run_data(wanted), device, precision)
+        data = open_run_data(wanted)
+        pack(wanted, data)
+        parts = assemble(wanted, data, device, precision)
         # 3. Measured and derived settings are found once and kept.
-        measurements: dict[str, Any] = {}
-        if begun is None and (wanted.find_lr or wanted.find_batch_size):
-            found = find_settings(wanted, parts, stop)
-            wanted, measurements = found.config, {"found": found.measurements}
-        resolved = begun or resolve_length(wanted, parts)
-        if begun is None:
-            model = parts.learner.model.config  # classes come from the data, sizes may come from `init`
-            resolved = replace(resolved, model=model, loop=replace(resolved.loop, precision=precision))
+        resolved, measurements = (begun, {}) if begun else _settle(config, parts, stop)
         if resolved.loop.tensorboard:
             callbacks = [*callbacks, TensorBoard()]
         if begun is None:
@@ -82,9 +80,25 @@ def run_training(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunRe
             loop.restore(state)
             log.info("going on from step %d of %d", loop.step, loop.steps)
         # 5. Work.
-        loop.run()
+        with memory_kept(device), matrix_products(precision, device):
+            loop.run()
         loop.finish()
         return RunResult(folder.path, loop.step, loop.best["val"] if loop.best else None)
+
+
+def _settle(config: RunConfig, parts: Parts, stop: StopRequest) -> tuple[RunConfig, dict[str, Any]]:
+    """Return a new run's settings with all that is measured or derived, and the measurements for `config.json`."""
+    measurements: dict[str, Any] = {}
+    if config.find_lr or config.find_batch_size:
+        settings = find_settings(config, parts, stop)
+        config, measurements["found"] = settings.config, settings.measurements
+    config, measured = settle_compiling(config, parts)
+    resolved = resolve_length(config, parts)
+    model = parts.learner.model.config  # classes come from the data, sizes may come from `init`
+    resolved = replace(resolved, model=model, loop=replace(resolved.loop, precision=parts.precision))
+    if config.loop.precision == "auto":
+        advise_bf16(resolved, parts)
+    return resolved, measurements | measured
 
 
 def _facts(parts: Parts) -> dict[str, Any]:
@@ -132,5 +146,5 @@ class _memory_advice:
         if is_out_of_memory(problem):
             raise UserError(
                 "out of memory. Halve --loop.batch-size, or keep it and double --loop.accumulation; "
-                "a smaller model or --model.image-size helps too."
+                "--loop.activation-checkpointing 1, a smaller model or --model.image-size helps too."
             ) from problem

@@ -96,7 +96,7 @@ def find_settings(config: RunConfig, parts: Parts, stop: StopRequest) -> Found:
 
 
 def _swept(config: RunConfig, parts: Parts, stop: StopRequest) -> Curve:
-    with trial(config, parts) as (learner, stream):
+    with trial(_eager(config), parts) as (learner, stream):
         return sweep(learner, stream, stop, parts.device)
 
 
@@ -176,7 +176,7 @@ def measure_batch_sizes(config: RunConfig, parts: Parts, stop: StopRequest) -> d
     if not common:
         raise UserError(
             f"out of memory with a batch of {sizes[0] * unit}. Raise --loop.accumulation; "
-            "a smaller model or --model.image-size helps too."
+            "--loop.activation-checkpointing 1, a smaller model or --model.image-size helps too."
         )
     return {size * unit: rate * world_size() for size, rate in common.items()}
 
@@ -215,7 +215,7 @@ def _rates_alone(config: RunConfig, parts: Parts, sizes: Sequence[int], stop: St
 def _rate(config: RunConfig, parts: Parts) -> float | None:
     """Return pictures per second of one batch, learned from again and again, or None when it does not fit."""
     try:
-        with trial(config, parts) as (learner, stream):
+        with trial(_eager(config), parts) as (learner, stream):
             learner.schedule(0, 1)
             batches = next(stream)
             stream.close()
@@ -235,6 +235,11 @@ def _rate(config: RunConfig, parts: Parts) -> float | None:
             raise
         return None
     return config.loop.batch_size / median(seconds)
+
+
+def _eager(config: RunConfig) -> RunConfig:
+    """Return a run that does not compile: every size of batch would be compiled anew."""
+    return replace(config, loop=replace(config.loop, compile="off"))
 
 
 def is_out_of_memory(problem: BaseException | None) -> bool:

@@ -85,7 +85,11 @@ class RunFolder:
                 "Resume with the settings it was begun with, or choose another --out."
             )
         resolved = from_json(RunConfig, document["resolved"], "config.json")
-        return replace(resolved, input=replace(resolved.input, workers=asked.input.workers))
+        return replace(
+            resolved,
+            input=replace(resolved.input, workers=asked.input.workers, packed=asked.input.packed),
+            loop=replace(resolved.loop, activation_checkpointing=asked.loop.activation_checkpointing),
+        )
 
     def load_state(self) -> dict[str, Any] | None:
         """Return the newest good checkpoint and cut the logs back to where it stood, or None without one."""
@@ -123,10 +127,10 @@ class RunFolder:
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that decide the result: all but where it lies and how many threads decode."""
+    """Return the settings that decide the result: all but where it lies, and what only memory and threads notice."""
     tree = to_json(replace(config, resume=False, out=None))
     tree["data"] = config.data and str(Path(config.data).resolve())
-    del tree["input"]["workers"]
+    del tree["input"]["workers"], tree["input"]["packed"], tree["loop"]["activation_checkpointing"]
     return tree
 
 

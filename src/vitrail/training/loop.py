@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class Loop:
         if self.window and row.keys() != self.window.keys():
             self._log()  # from here on the recipe tells of something else, as in fine-tuning: no mean has both
         for name, value in row.items():
-            self.window[name] = self.window.get(name, torch.zeros((), device=value.device)) + value
+            self.window[name] = value + self.window.get(name, 0.0)
         self.window_end = {"epoch": round(self.parts.stream.epoch, 6), "lr": rate}
         self.step += 1
         self.window_steps += 1
@@ -108,7 +109,8 @@ class Loop:
 
     def _log(self) -> None:
         began = time.perf_counter()
-        means = {name: float(mean_over_processes(total / self.window_steps)) for name, total in self.window.items()}
+        totals = torch.stack(list(self.window.values()))  # one transfer, and one exchange, for all
+        means = dict(zip(self.window, mean_over_processes(totals / self.window_steps).tolist(), strict=True))
         self.step_seconds += time.perf_counter() - began  # a GPU may have been behind until here
         if not math.isfinite(means["loss"]):
             raise self._diverged(f"the loss is {means['loss']}")
@@ -169,9 +171,12 @@ class Loop:
             "max_broken": config.max_broken,
             "stop": self._leave_if_asked,
         }
-        if learner.judge is None:
-            return predict_logits(learner.model, val, **options).metrics()
-        return mean_loss(ask(learner.model, val, answer=learner.judge, **options).rows)
+        # Blocks are compiled for training alone: evaluation mode and its batches would be compiled each anew.
+        compiled = self.config.loop.compile == "on"
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            if learner.judge is None:
+                return predict_logits(learner.model, val, **options).metrics()
+            return mean_loss(ask(learner.model, val, answer=learner.judge, **options).rows)
 
     def save(self) -> None:
         """Write a checkpoint.
@@ -254,5 +259,5 @@ class Loop:
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all tensors hold numbers only."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    """Whether all tensors hold numbers only; the device is asked once."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())

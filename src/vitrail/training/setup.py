@@ -18,7 +18,7 @@ from vitrail.checkpoints.adapt import with_overrides
 from vitrail.config.masked import MaskedConfig
 from vitrail.config.meta_pseudo_labels import MetaPseudoLabelsConfig
 from vitrail.config.preprocessing import Preprocessing
-from vitrail.config.run import RunConfig
+from vitrail.config.run import LoopConfig, RunConfig
 from vitrail.data import open_data
 from vitrail.data.base import Source, Splits
 from vitrail.data.few_labels import with_few_labels
@@ -27,6 +27,7 @@ from vitrail.data.stream import Stream
 from vitrail.data.view import evaluation_view
 from vitrail.errors import BrokenPicture, UserError
 from vitrail.models import ImageModel, build
+from vitrail.models.blocks import compile_blocks, recompute_blocks
 from vitrail.optim import head_steps
 from vitrail.parallel import Precision, any_process, gather_objects, rank, world_size
 from vitrail.recipes import Learner, build_learner
@@ -80,6 +81,16 @@ def open_run_data(config: RunConfig) -> Splits:
         seed=config.seed,
         learns_unlabelled=isinstance(config.recipe, MetaPseudoLabelsConfig),
     )
+
+
+def pack(config: RunConfig, data: Splits) -> None:
+    """Keep small pictures decoded, if the settings allow it: the first process writes what the others then find."""
+    if not config.input.packed:
+        return
+    if rank() == 0:
+        data.pack(config.input.workers)
+    gather_objects(None)  # wait for the first
+    data.pack(config.input.workers)
 
 
 def build_model(config: RunConfig, data: Splits) -> ImageModel:
@@ -158,11 +169,33 @@ def _begin(
 ) -> tuple[Learner, Stream]:
     torch.manual_seed(config.seed)
     model = build_model(config, data)
-    counts = data.train.class_counts()
-    learner = build_learner(config, model, class_counts=counts, device=device, precision=precision, teacher=teacher)
+    learner = _learner(config, model, data, device, precision, teacher)
     # Ranks share the initial weights but draw dropout apart.
     torch.manual_seed(config.seed + rank())
     return learner, open_stream(config, data, learner)
+
+
+def _learner(
+    config: RunConfig,
+    model: ImageModel,
+    data: Splits,
+    device: torch.device,
+    precision: Precision,
+    teacher: ImageModel | None,
+) -> Learner:
+    """Return a learner whose models compute as the settings of the loop say."""
+    counts = data.train.class_counts()
+    learner = build_learner(config, model, class_counts=counts, device=device, precision=precision, teacher=teacher)
+    for learns in models_of(learner):
+        recompute_blocks(learns, config.loop.activation_checkpointing)
+        if config.loop.compile == "on":
+            compile_blocks(learns)
+    return learner
+
+
+def models_of(learner: Learner) -> list[ImageModel]:
+    """Return all models that learn: the one that is shipped, and a teacher that learns beside it."""
+    return [model for model in learner.models.values() if isinstance(model, ImageModel)]
 
 
 @contextmanager
@@ -172,14 +205,8 @@ def trial(config: RunConfig, parts: Parts) -> Iterator[tuple[Learner, Stream]]:
     The run itself is not touched: its weights, data position and random generators stay as they were.
     """
     generators = random_state()
-    learner = build_learner(
-        config,
-        copy.deepcopy(parts.learner.model),
-        class_counts=parts.data.train.class_counts(),
-        device=parts.device,
-        precision=parts.precision,
-        teacher=parts.teacher,
-    )
+    model = copy.deepcopy(parts.learner.model)
+    learner = _learner(config, model, parts.data, parts.device, parts.precision, parts.teacher)
     stream = open_stream(config, parts.data, learner)
     try:
         yield learner, stream
@@ -201,6 +228,7 @@ def open_stream(config: RunConfig, data: Splits, learner: Learner) -> Stream:
         "max_broken": config.input.max_broken,
         "rank": rank(),
         "world": world_size(),
+        "pinned": next(learner.model.parameters()).is_cuda,
     }
     if isinstance(config.recipe, MetaPseudoLabelsConfig) and data.unlabelled is not None:
         return PairedStream(data.train, data.unlabelled, ratio=config.recipe.unlabelled_ratio, **settings)
@@ -216,11 +244,8 @@ def resolve_length(config: RunConfig, parts: Parts) -> RunConfig:
         )
     if config.minutes is not None:
         steps = max(1, round(60 * config.minutes / seconds_per_step(config, parts)))
-    elif loop.steps is not None:
-        steps = loop.steps
     else:
-        assert loop.epochs is not None  # LoopConfig refuses to lack both
-        steps = max(1, math.floor(loop.epochs * len(parts.data.train) / loop.batch_size))
+        steps = updates(loop, len(parts.data.train))
     loop = replace(
         loop,
         steps=steps,
@@ -229,6 +254,14 @@ def resolve_length(config: RunConfig, parts: Parts) -> RunConfig:
         log_every=loop.log_every or max(1, min(20, steps // 50)),
     )
     return replace(config, loop=loop)
+
+
+def updates(loop: LoopConfig, pictures: int) -> int:
+    """Return the number of updates of a run that is not measured in minutes."""
+    if loop.steps is not None:
+        return loop.steps
+    assert loop.epochs is not None  # LoopConfig refuses to lack both
+    return max(1, math.floor(loop.epochs * pictures / loop.batch_size))
 
 
 def seconds_per_step(config: RunConfig, parts: Parts, trial_seconds: float = 5.0) -> float:
