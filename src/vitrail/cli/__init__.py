@@ -18,7 +18,9 @@ from vitrail.cli.console import Console, two_columns
 from vitrail.cli.explaining import explain
 from vitrail.cli.models import benchmark, convert, models
 from vitrail.cli.pictures import check, compare, evaluate, predict
+from vitrail.cli.planning import plan
 from vitrail.cli.probing import embed, probe
+from vitrail.cli.serving import serve
 from vitrail.cli.training import demo, train
 from vitrail.errors import Interrupted, UserError, did_you_mean
 
@@ -32,7 +34,9 @@ VERBS: dict[str, Callable[..., int]] = {
     "embed": embed,
     "probe": probe,
     "explain": explain,
+    "serve": serve,
     "models": models,
+    "plan": plan,
     "convert": convert,
     "check": check,
     "compare": compare,
