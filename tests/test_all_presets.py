@@ -129,7 +129,7 @@ SWITCHES = {
     "channels", "num_classes", "dropout", "drop_path", "head_bias", "gelu", "norm_eps", "pool", "positions",
     "qkv_bias", "downsample", "stride_in", "batch_norm_eps", "lite", "frozen_norm", "slope", "norm_momentum",
     "capacity_factor", "train_capacity_factor", "batch_priority", "noise_std", "importance_loss", "load_loss",
-    "expert_dropout", "experts_per_token",
+    "expert_dropout", "experts_per_token", "merge_tokens",
 }  # fmt: skip
 SIZES = {
     "image_size", "patch_size", "stem", "width", "depth", "mlp_dim", "heads", "pre_logits", "widths", "depths",

@@ -467,3 +467,9 @@ def test_what_cannot_be_shown_is_told_with_what_can() -> None:
     with pytest.raises(UserError, match="relevance explains a class, and this ViT has no classifier"):
         explain.choose_methods(tiny_vit(num_classes=0), ["relevance"])
     assert explain.choose_methods(model, ["occlusion", "gradcam"]) == ("gradcam", "occlusion")
+
+
+def test_views_of_attention_have_no_graph_and_leave_the_readers_gradients_on() -> None:
+    for view in explain.attention_views(randomised("vit"), pictures()):
+        assert not view.requires_grad
+        assert torch.is_grad_enabled()

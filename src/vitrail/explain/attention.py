@@ -21,7 +21,6 @@ from vitrail.models.cvt import Stage
 Grid = tuple[int, int]
 
 
-@torch.no_grad()
 def attention_views(
     model: ImageModel, images: Float[Tensor, "b c h w"]
 ) -> Iterator[Float[Tensor, "b heads rows columns"]]:
@@ -34,9 +33,11 @@ def attention_views(
         UserError: When the family has no attention.
     """
     maps = model.attention(images)  # refuses families without attention before their grids are asked for
-    for (rows, columns), weights in zip(_key_grids(model, (images.shape[2], images.shape[3])), maps, strict=True):
-        class_token = weights.shape[3] > rows * columns
-        seen = weights[:, :, 0, 1:] if class_token else weights.mean(dim=2)
+    for rows, columns in _key_grids(model, (images.shape[2], images.shape[3])):
+        with torch.no_grad():  # not around `yield`, where it would go on for whoever reads
+            weights = next(maps)
+            class_token = weights.shape[3] > rows * columns
+            seen = weights[:, :, 0, 1:] if class_token else weights.mean(dim=2)
         yield rearrange(seen, "b heads (h w) -> b heads h w", h=rows)
 
 
