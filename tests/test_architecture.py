@@ -24,7 +24,7 @@ FLOORS = [
     ["explain", "zoo", "check", "embedding"],
     ["report", "leaderboard", "probe"],
     ["runs", "compare", "benchmark", "planner", "serving"],
-    ["demo"],
+    ["demo", "exporting"],
     ["cli"],
     ["__init__", "__main__"],
 ]

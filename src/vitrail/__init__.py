@@ -16,6 +16,7 @@ _HOMES = {
     "evaluate": "vitrail.evaluation",
     "predict": "vitrail.prediction",
     "embed": "vitrail.embedding",
+    "export": "vitrail.exporting",
     "RunConfig": "vitrail.config.run",
     "UserError": "vitrail.errors",
 }
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from vitrail.embedding import embed
     from vitrail.errors import UserError
     from vitrail.evaluation import evaluate
+    from vitrail.exporting import export
     from vitrail.models import ImageModel, create_model
     from vitrail.prediction import predict
     from vitrail.runs import train
@@ -38,6 +40,7 @@ __all__ = [
     "create_model",
     "embed",
     "evaluate",
+    "export",
     "list_models",
     "load_model",
     "predict",

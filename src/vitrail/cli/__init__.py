@@ -1,7 +1,8 @@
 """The command line: one small function per verb. Anything heavy is imported inside the verb that needs it.
 
 Exit codes: 0 done; 1 a bug of ours; 2 a mistake the user can mend; 3 done, but some pictures could not be read or
-the check found errors; 130 and 143 stopped by SIGINT or SIGTERM after saving.
+the check found errors; 4 an exported file does not answer as the model does and was not kept; 130 and 143 stopped by
+SIGINT or SIGTERM after saving.
 """
 
 import errno
@@ -16,6 +17,7 @@ from rich.logging import RichHandler
 import vitrail
 from vitrail.cli.console import Console, two_columns
 from vitrail.cli.explaining import explain
+from vitrail.cli.exporting import export
 from vitrail.cli.models import benchmark, convert, models
 from vitrail.cli.pictures import check, compare, evaluate, predict
 from vitrail.cli.planning import plan
@@ -34,6 +36,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "embed": embed,
     "probe": probe,
     "explain": explain,
+    "export": export,
     "serve": serve,
     "models": models,
     "plan": plan,
