@@ -110,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         told = "ONNX Runtime's static quantisation, batches of 8; kept where it is faster and 98 % of the pictures as"
         body += ["", "## int8", "", f"{told} they are keep their class.", ""]
         body += eight_bits(options.int8, options.photos)
-        write_result("export", "python benchmarks/export_parity.py", "\n".join(body))
+        shown = f"--photos PHOTOS --int8 {' '.join(options.int8)}"
+        write_result("export", f"python benchmarks/export_parity.py {shown}", "\n".join(body))
     print("\n".join(body))
 
 

@@ -128,7 +128,8 @@ def write_int8(program: ExportedProgram, path: Path, texts: Mapping[str, str], p
             raise UserError(f"models of more than {ONE_FILE / 1e9:.1f} GB are not written in int8; choose fp16.")
         to_int8(single, rounded, pictures)
         if path.suffix == ".xml":
-            _save_openvino(import_openvino().convert_model(rounded), path, texts)
+            # Not `convert_model`, which rewrites the graph and loses on the way where numbers are to be rounded.
+            _save_openvino(import_openvino().Core().read_model(rounded), path, texts)
             return
         import onnx
 
