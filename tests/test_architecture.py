@@ -21,7 +21,7 @@ FLOORS = [
     ["checkpoints", "recipes"],
     ["evaluation"],
     ["prediction", "training"],
-    ["explain", "zoo", "check", "embedding"],
+    ["explaining", "zoo", "check", "embedding"],
     ["report", "leaderboard", "probe"],
     ["runs", "compare", "benchmark", "planner", "serving"],
     ["demo", "exporting"],

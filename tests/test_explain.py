@@ -11,11 +11,11 @@ from families import TINY
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from vitrail import explain
+from vitrail import explaining as explain
 from vitrail.config.vit import Pool, ViTConfig
 from vitrail.config.wide_resnet import WideResNetConfig
 from vitrail.errors import UserError
-from vitrail.explain.gradients import weighed
+from vitrail.explaining.gradients import weighed
 from vitrail.models import ImageModel, ViT, ViTMoE, WideResNet, build
 from vitrail.models.vit import Block
 from vitrail.models.wide_resnet import NormAct

@@ -17,7 +17,7 @@ from vitrail.config.model import FAMILIES, ModelConfig
 from vitrail.config.run import OptimConfig, RunConfig
 from vitrail.config.vit import ViTConfig
 from vitrail.errors import Interrupted, UserError
-from vitrail.explain import patch_filters, patch_rollout
+from vitrail.explaining import patch_filters, patch_rollout
 from vitrail.models import ImageModel, build
 from vitrail.optim import parameter_groups
 from vitrail.prediction import predict

@@ -19,8 +19,8 @@ from vitrail.data.augment import Augment
 from vitrail.engines.choice import disagreement
 from vitrail.engines.start import start
 from vitrail.errors import UserError
-from vitrail.explain.attention import patch_rollout
-from vitrail.explain.gradients import relevance
+from vitrail.explaining.attention import patch_rollout
+from vitrail.explaining.gradients import relevance
 from vitrail.layers.attention import Attention, AttentionPool
 from vitrail.layers.token_merging import mean_of_merged, merge_tokens
 from vitrail.models import ViT, build

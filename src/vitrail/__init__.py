@@ -16,6 +16,7 @@ _HOMES = {
     "evaluate": "vitrail.evaluation",
     "predict": "vitrail.prediction",
     "embed": "vitrail.embedding",
+    "explain": "vitrail.explaining",
     "export": "vitrail.exporting",
     "RunConfig": "vitrail.config.run",
     "UserError": "vitrail.errors",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vitrail.embedding import embed
     from vitrail.errors import UserError
     from vitrail.evaluation import evaluate
+    from vitrail.explaining import explain
     from vitrail.exporting import export
     from vitrail.models import ImageModel, create_model
     from vitrail.prediction import predict
@@ -40,6 +42,7 @@ __all__ = [
     "create_model",
     "embed",
     "evaluate",
+    "explain",
     "export",
     "list_models",
     "load_model",

@@ -33,7 +33,7 @@ def explain(
         json: Print one JSON document on stdout.
     """
     from vitrail.checkpoints import load_model
-    from vitrail.explain import explain as look
+    from vitrail.explaining import explain as look
     from vitrail.parallel import pick_device
     from vitrail.report.explanation import write_explanation
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitrail.data.base import Source
 from vitrail.data.view import evaluation_view
-from vitrail.explain import attention_distance, patch_filters, patch_rollout, position_similarity
+from vitrail.explaining import attention_distance, patch_filters, patch_rollout, position_similarity
 from vitrail.metrics import Answer, Evaluation
 from vitrail.models import ImageModel, ViT
 from vitrail.report.charts import Series, line_chart

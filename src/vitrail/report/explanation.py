@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 
 from vitrail.checkpoints.storage import replace_file, write_file
 from vitrail.config.preprocessing import Fit
-from vitrail.explain import ARRAYS, METHODS, Explanation, PictureExplanation
+from vitrail.explaining import ARRAYS, METHODS, Explanation, PictureExplanation
 from vitrail.prediction import top_classes
 from vitrail.report.attention import distance_chart
 from vitrail.report.figures import (
@@ -51,7 +51,7 @@ def write_explanation(explanation: Explanation, folder: str | Path, *, title: st
     """Write `explain.html`, `explain.npz` and, in `pictures`, a PNG of everything shown. Files of these names go.
 
     Args:
-        explanation: Of `vitrail.explain.explain`.
+        explanation: Of `vitrail.explain`.
         folder: Where to write; made when it is not there.
         title: Heading of the page.
 

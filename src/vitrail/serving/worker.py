@@ -25,7 +25,7 @@ from vitrail.engines.choice import ready_engine
 from vitrail.engines.start import Engine
 from vitrail.errors import BrokenPicture, UserError
 from vitrail.evaluation import BATCH, MOST
-from vitrail.explain import METHODS, choose_methods, grad_cam, relevance
+from vitrail.explaining import METHODS, choose_methods, grad_cam, relevance
 from vitrail.metrics import probabilities
 from vitrail.models import ImageModel
 from vitrail.parallel import pick_device

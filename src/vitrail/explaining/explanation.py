@@ -15,12 +15,12 @@ from vitrail.data.base import Picture, Resized
 from vitrail.data.decode import read_picture
 from vitrail.data.view import evaluation_view, view_pixels
 from vitrail.errors import BrokenPicture, UserError, did_you_mean
-from vitrail.explain.attention import attention_distance, attention_views, patch_rollout, pooling_views
-from vitrail.explain.experts import expert_maps
-from vitrail.explain.gradients import grad_cam, relevance
-from vitrail.explain.learned import patch_filters, position_similarity
-from vitrail.explain.methods import choose_methods
-from vitrail.explain.occlusion import occlusion
+from vitrail.explaining.attention import attention_distance, attention_views, patch_rollout, pooling_views
+from vitrail.explaining.experts import expert_maps
+from vitrail.explaining.gradients import grad_cam, relevance
+from vitrail.explaining.learned import patch_filters, position_similarity
+from vitrail.explaining.methods import choose_methods
+from vitrail.explaining.occlusion import occlusion
 from vitrail.metrics import probabilities
 from vitrail.models import ImageModel, ViT
 from vitrail.prediction import find_pictures

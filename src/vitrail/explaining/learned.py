@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrail.explain.attention import as_vit
+from vitrail.explaining.attention import as_vit
 from vitrail.models import ImageModel
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitrail.errors import UserError
-from vitrail.explain.attention import as_vit, on_grid, token_shares
+from vitrail.explaining.attention import as_vit, on_grid, token_shares
 from vitrail.models import CoAtNet, CvT, EfficientNet, ImageModel, WideResNet
 from vitrail.models.coatnet import MBConv
 from vitrail.models.cvt import Stage

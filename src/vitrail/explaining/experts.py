@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vitrail.errors import UserError
-from vitrail.explain.attention import on_grid
+from vitrail.explaining.attention import on_grid
 from vitrail.models import ImageModel, ViTMoE
 
 

@@ -18,7 +18,7 @@ Nothing here changes a model, which should be in evaluation mode: attention is c
 kernels.
 """
 
-from vitrail.explain.attention import (
+from vitrail.explaining.attention import (
     attention_distance,
     attention_views,
     patch_rollout,
@@ -26,12 +26,12 @@ from vitrail.explain.attention import (
     pooling_weights,
     rollout,
 )
-from vitrail.explain.experts import ExpertMap, expert_maps
-from vitrail.explain.explanation import ARRAYS, Explanation, PictureExplanation, explain
-from vitrail.explain.gradients import grad_cam, relevance
-from vitrail.explain.learned import patch_filters, position_similarity
-from vitrail.explain.methods import METHODS, choose_methods
-from vitrail.explain.occlusion import occlusion
+from vitrail.explaining.experts import ExpertMap, expert_maps
+from vitrail.explaining.explanation import ARRAYS, Explanation, PictureExplanation, explain
+from vitrail.explaining.gradients import grad_cam, relevance
+from vitrail.explaining.learned import patch_filters, position_similarity
+from vitrail.explaining.methods import METHODS, choose_methods
+from vitrail.explaining.occlusion import occlusion
 
 __all__ = [
     "ARRAYS",
