@@ -1,6 +1,8 @@
-"""A stand-in of the Hugging Face hub: what it answers when `huggingface_hub` asks for files, from memory."""
+"""A stand-in of the Hugging Face hub: what it answers when `huggingface_hub` asks for files or sends some."""
 
+import base64
 import hashlib
+import json
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -22,6 +24,12 @@ class Hub(ThreadingHTTPServer):
         """Status and headers with which a repository refuses."""
         self.broken: Callable[[bytes], bytes] = bytes
         """What becomes of stored files on their way, after their length was told."""
+        self.private: dict[str, bool] = {}
+        """Whether a repository that was made here is private."""
+        self.uploaded: dict[str, bytes] = {}
+        """Large files by sha256, before they are committed."""
+        self.tokens: set[str] = set()
+        """What requests that write were authorised by."""
         self.requests: list[str] = []
         self.agents: set[str] = set()
 
@@ -52,6 +60,8 @@ class Answer(BaseHTTPRequestHandler):
             every = [content for files in self.server.commits.values() for content in files.values()]
             content = next(item for item in every if hashlib.sha256(item).hexdigest() == self.path.split("/")[-1])
             return self.reply(200, {}, content, self.server.broken(content))
+        if self.path.startswith("/api/models/"):
+            return self.tell_of(self.path.removeprefix("/api/models/"))
         name, _, rest = self.path[1:].partition("/resolve/")
         revision, _, file = rest.partition("/")
         if name in self.server.errors:
@@ -82,12 +92,63 @@ class Answer(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def tell_of(self, name: str) -> None:
+        if name in self.server.errors:
+            return self.reply(*self.server.errors[name], b"")
+        if name not in self.server.private:
+            return self.reply(404, {"X-Error-Code": "RepoNotFound"}, b"")
+        self.say({"id": name, "private": self.server.private[name], "siblings": []})
+
+    def do_POST(self) -> None:
+        self.server.requests.append(f"{self.command} {self.path}")
+        self.server.tokens.add(self.headers.get("Authorization", ""))
+        lines = self.rfile.read(int(self.headers["Content-Length"])).decode().splitlines()
+        rows = [json.loads(line) for line in lines]
+        url, api = self.server.url, "/api/models/"
+        if self.path == "/api/repos/create":
+            name = f"{rows[0]['organization']}/{rows[0]['name']}"
+            if name in self.server.errors:
+                return self.reply(*self.server.errors[name], b"{}")
+            self.server.private[name] = rows[0]["visibility"] == "private"
+            self.say({"url": f"{url}/{name}", "id": name})
+        elif self.path == "/api/validate-yaml":
+            self.say({})
+        elif self.path.endswith("/preupload/main"):
+            large = (".safetensors", ".bin")
+            modes = {file["path"]: "lfs" if file["path"].endswith(large) else "regular" for file in rows[0]["files"]}
+            self.say({"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]})
+        elif self.path.endswith(".git/info/lfs/objects/batch"):
+            objects = [o | {"actions": {"upload": {"href": f"{url}/upload/{o['oid']}"}}} for o in rows[0]["objects"]]
+            self.say({"transfer": "basic", "objects": objects})
+        elif self.path.endswith("/commit/main"):
+            name = self.path.removeprefix(api).removesuffix("/commit/main")
+            commit = self.server.push(name, dict(self.committed(row["key"], row["value"]) for row in rows[1:]))
+            self.say({"commitUrl": f"{url}/{name}/commit/{commit}", "commitOid": commit})
+
+    def committed(self, key: str, value: dict[str, str]) -> tuple[str, bytes]:
+        if key == "lfsFile":
+            return value["path"], self.server.uploaded[value["oid"]]
+        return value["path"], base64.b64decode(value["content"])
+
+    def do_PUT(self) -> None:
+        content = b""
+        if "Content-Length" in self.headers:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+        while "Content-Length" not in self.headers and (size := int(self.rfile.readline(), 16)):  # in chunks
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.server.uploaded[hashlib.sha256(content).hexdigest()] = content
+        self.reply(200, {}, b"")
+
+    def say(self, document: object) -> None:
+        self.reply(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
+
     def reply(self, status: int, headers: dict[str, str], content: bytes, sent: bytes | None = None) -> None:
         self.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content if sent is None else sent)
 
     def log_message(self, format: str, *args: object) -> None:

@@ -1,5 +1,6 @@
 """The command line as a person meets it: what it prints, what it answers to mistakes, how it exits."""
 
+import csv
 import errno
 import json
 import os
@@ -78,6 +79,32 @@ def test_predict_answers_for_every_picture_and_names_broken_ones(
     assert rows[0]["name"].endswith("00.png") and len(rows[0]["labels"]) == 2
     assert rows[1]["problem"] and not rows[1]["labels"]
     assert main(["predict", str(run / "best"), str(tmp_path / "bad.jpg"), "--json"]) == 3
+
+
+def test_answers_below_a_threshold_are_marked_and_stay(run: Path, photos: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"nothing")
+    arguments = ["predict", str(run / "best"), str(photos), str(tmp_path / "bad.jpg"), "--top", "1"]
+    main([*arguments, "--json"])
+    plain = json.loads(capsys.readouterr().out)
+    assert not any("rejected" in row for row in plain)
+    shares = sorted({row["labels"][0]["probability"] for row in plain if row["labels"]})
+    below = (shares[0] + shares[1]) / 2
+    main([*arguments, "--json", "--reject", str(below)])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["labels"] for row in rows] == [row["labels"] for row in plain]
+    for row in rows:
+        assert row.get("rejected") == (row["labels"][0]["probability"] < below if row["labels"] else None)
+    assert sum(row.get("rejected", False) for row in rows) >= 1
+    main([*arguments, "--reject", "1"])
+    assert "rejected: " in capsys.readouterr().out
+    main([*arguments, "--reject", str(below), "--out", str(tmp_path / "a.csv")])
+    with open(tmp_path / "a.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["rejected"] for row in table] == [str(row.get("rejected", "")).lower() for row in rows]
+    assert list(table[0]) == ["name", "label_1", "probability_1", "rejected", "problem"]
+    for wrong in ("0", "1.5", "nan"):
+        assert main([*arguments, "--reject", wrong]) == 2
+        assert "rejected below a probability" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])

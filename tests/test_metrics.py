@@ -231,3 +231,46 @@ def test_every_figure_of_any_evaluation_is_finite_json(
 )
 def test_wilson_intervals_are_those_of_newcombes_table(hits: int, count: int, low: float, high: float) -> None:
     assert wilson_interval(hits / count, count) == pytest.approx((low, high), abs=5e-5)
+
+
+def by_confidence(right: list[bool], confidence: list[float]) -> Evaluation:
+    """Answers of two classes, each right or wrong with some confidence."""
+    share = np.array(confidence)
+    logits = np.stack([np.log(share), np.log1p(-share)], axis=1).astype(np.float32)
+    return evaluation(logits, np.array([0 if each else 1 for each in right]))
+
+
+def test_risk_and_coverage_by_hand() -> None:
+    got = by_confidence([True, True, False, True, False], [0.99, 0.9, 0.8, 0.7, 0.6])
+    curve = got.risk_coverage()
+    assert [kept.coverage for kept in curve] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert [kept.risk for kept in curve] == pytest.approx([0, 0, 1 / 3, 1 / 4, 2 / 5])
+    assert got.aurc() == pytest.approx((0 + 0 + 1 / 3 + 1 / 4 + 2 / 5) / 5)
+    most = got.threshold_for(0.75)
+    assert most is not None
+    assert (most.threshold, most.coverage, most.risk) == pytest.approx((0.7, 0.8, 0.25))
+    assert got.threshold_for(0.6) == curve[-1]
+
+
+def test_answers_of_equal_confidence_are_kept_together() -> None:
+    got = by_confidence([True, False, True, False], [0.9, 0.9, 0.6, 0.6])
+    assert [(kept.coverage, kept.risk) for kept in got.risk_coverage()] == [(0.5, 0.5), (1.0, 0.5)]
+    assert got.aurc() == pytest.approx(0.5)
+    assert got.threshold_for(0.9) is None
+
+
+def test_the_area_lies_between_those_of_the_best_and_the_worst_order() -> None:
+    rng = np.random.default_rng(0)
+    right, confidence = rng.random(200) < 0.7, rng.uniform(0.51, 0.99, 200)
+    some = by_confidence(right.tolist(), confidence.tolist()).aurc()
+    best = by_confidence(sorted(right.tolist(), reverse=True), sorted(confidence.tolist(), reverse=True)).aurc()
+    worst = by_confidence(sorted(right.tolist()), sorted(confidence.tolist(), reverse=True)).aurc()
+    error = 1 - right.mean()
+    assert best < some < worst
+    assert best == pytest.approx(error + (1 - error) * np.log1p(-error), abs=0.01)
+
+
+def test_no_curve_for_pictures_of_several_labels() -> None:
+    several = Evaluation(np.zeros((2, 2), np.float32), np.ones((2, 2), np.float32), ("a", "b"), ["1", "2"], [])
+    with pytest.raises(UserError, match="risk-coverage"):
+        several.aurc()

@@ -21,6 +21,7 @@ def slow(*values: str) -> Any:
     ("name", "told"),
     [
         ("experts", "| tiny, 8 pictures | training | fp32 |"),
+        ("label_errors", "| clothes ("),
         ("pointing", "ViT, class token | "),
         slow("memory", "| adamw, 8 bits, in backward |"),
         slow("planner", "| vit-ti16 | Supervised | adamw | fp32 |"),

@@ -27,6 +27,7 @@ from vitrail.evaluation import predict_logits
 from vitrail.metrics import Evaluation
 from vitrail.models import ImageModel, ViT
 from vitrail.report import Comparison, RunRecord, charts, figures, write_report
+from vitrail.report.sections import risk_section
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 VOID = {"meta", "img", "br", "hr", "input", "link"}
@@ -178,7 +179,9 @@ def assert_self_contained(page: Page) -> None:
 def test_the_page_stands_alone_and_its_links_lead_somewhere(single: Page) -> None:
     assert_self_contained(single)
     targets = [value.removeprefix("#") for value in single.values("href")]
-    parts = "comparison training confusion classes calibration mistakes right attention data settings environment"
+    parts = (
+        "comparison training confusion classes calibration rejection mistakes right attention data settings environment"
+    )
     assert " ".join(targets) == parts
     assert set(targets) <= set(single.values("id"))
     assert all(alt for tag, key, alt in single.attributes if (tag, key) == ("img", "alt"))
@@ -203,6 +206,22 @@ def test_headline_figures_are_those_of_the_evaluation(single: Page) -> None:
     assert "optim.weight_decay" not in single.text.split("All settings as JSON")[0]
     assert '"weight_decay": 0.05' in single.text
     assert "abc123" in single.text
+
+
+def test_thresholds_are_those_that_reject_as_told(single: Page) -> None:
+    source = ArraySource(pictures(60), np.arange(60) % 6, ("cat", "dog", "owl", "yak", "emu", "fox"))
+    evaluation = answers(source, 1.0)
+    assert f"AURC) is {evaluation.aurc():.3f}" in " ".join(single.text.split())
+    confidence = evaluation.probabilities().max(axis=1)
+    right = evaluation.logits.argmax(axis=1) == evaluation.targets
+    section = risk_section(evaluation)
+    assert section is not None
+    reached = [row for row in section["rows"] if row[1] not in ("not reached", "none needed")]
+    for accuracy, threshold, kept, _ in reached:
+        above = confidence >= float(threshold)
+        assert right[above].mean() >= float(accuracy.rstrip("%")) / 100 - 1e-9
+        assert f"{above.mean():.1%}" == kept and threshold in single.text
+    assert section["chart"].count("<circle") == sum(row[1] != "not reached" for row in section["rows"]) > 0
 
 
 def test_sections_that_do_not_apply_are_absent(several: Page) -> None:

@@ -48,6 +48,18 @@ class Bin:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Answers of at least some confidence, the others being rejected."""
+
+    threshold: float
+    """Least confidence of an answer that is kept."""
+    coverage: float
+    """Share of the pictures whose answers are kept."""
+    risk: float
+    """Share of the kept answers that are wrong."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Logits and labels of a set of pictures, and every figure that follows from them."""
 
@@ -170,6 +182,35 @@ class Evaluation:
             if b.accuracy is not None and b.confidence is not None
         ]
         return sum(gaps) / len(self)
+
+    def risk_coverage(self) -> list[Kept]:
+        """Return the error among the answers that are kept, from the surest alone to all: a row per confidence.
+
+        Source: El-Yaniv and Wiener, 2010, "On the foundations of noise-free selective classification" (JMLR 11).
+        """
+        self._needs_one_label("a risk-coverage curve")
+        confidence, wrong = self.probabilities().max(axis=1), ~self._right()
+        order = np.argsort(-confidence, kind="stable")
+        confidence, errors = confidence[order], wrong[order].cumsum()
+        last = np.flatnonzero(np.append(confidence[1:] < confidence[:-1], True))  # equal ones are kept together
+        return [Kept(float(confidence[i]), (int(i) + 1) / len(self), float(errors[i] / (i + 1))) for i in last.tolist()]
+
+    def aurc(self) -> float:
+        """Return the area under the risk-coverage curve: the mean error over all shares that may be kept.
+
+        Source: Geifman, Uziel and El-Yaniv, 2019, "Bias-reduced uncertainty estimation for deep neural classifiers"
+        (arXiv 1805.08206), section 3.
+        """
+        area = before = 0.0
+        for kept in self.risk_coverage():
+            area += (kept.coverage - before) * kept.risk
+            before = kept.coverage
+        return area
+
+    def threshold_for(self, accuracy: float) -> Kept | None:
+        """Return the threshold that keeps the most answers of which this share is right; None where none does."""
+        fit = [kept for kept in self.risk_coverage() if 1 - kept.risk >= accuracy]
+        return fit[-1] if fit else None
 
     def calibrated(self) -> "Evaluation":
         """Return the same answers with each half of the pictures scaled by the other half's temperature.

@@ -32,11 +32,14 @@ class Prediction:
     """Likeliest classes with their probability, best first."""
     problem: str = ""
     """Why the picture could not be read; empty when it could."""
+    rejected: bool | None = None
+    """Whether the likeliest class has a lower probability than was asked for; None where nothing was asked for."""
 
     def to_json(self) -> dict[str, object]:
         """Return plain values."""
         labels = [{"label": label, "probability": round(p, 6)} for label, p in self.labels]
-        return {"name": self.name, "labels": labels, "problem": self.problem or None}
+        verdict = {} if self.rejected is None else {"rejected": self.rejected}
+        return {"name": self.name, "labels": labels, **verdict, "problem": self.problem or None}
 
 
 def find_pictures(patterns: Iterable[str | Path]) -> list[Path]:
@@ -69,6 +72,7 @@ def predict(
     images: Sequence[str | Path] | Source,
     *,
     top: int = 5,
+    reject: float | None = None,
     batch_size: int | None = None,
     workers: int = 2,
     engine: EngineName = "auto",
@@ -80,14 +84,19 @@ def predict(
         images: Files, folders and globs, or a source of pictures, whose labels are not looked at: `ArraySource` holds
             decoded ones.
         top: Number of classes per picture.
+        reject: Mark answers whose likeliest class has a probability below this, as `Prediction.rejected`. The report of
+            a run names thresholds (see `Evaluation.threshold_for`).
         batch_size: Pictures at a time, by default as many as the device is fast with; the answer does not depend on it.
         workers: Decoding threads.
         engine: What computes the answers: see `vitrail.engines`. They are the same but for rounding.
 
     Raises:
-        UserError: When a path does not exist, or the engine is not installed or cannot take the model.
+        UserError: When a path does not exist, the engine is not installed or cannot take the model, or `reject` is no
+            probability.
     """
     require_engine(engine)
+    if reject is not None:
+        require_probability(reject)
     labels = model.labels or tuple(str(i) for i in range(model.config.num_classes))
     if isinstance(images, Source):
         source = images
@@ -98,7 +107,8 @@ def predict(
     answers = ask(model, source, answer=answer, batch_size=batch_size, workers=workers, max_broken=1.0)
     found = {index: Prediction(source.name(index), problem=reason) for index, reason in answers.broken}
     for index, row in zip(answers.indices.tolist(), probabilities(answers.rows, model.multi_label), strict=True):
-        found[index] = Prediction(source.name(index), top_classes(row, labels, top))
+        rejected = None if reject is None else bool(row.max() < reject)
+        found[index] = Prediction(source.name(index), top_classes(row, labels, top), rejected=rejected)
     return [found[index] for index in range(len(source))]
 
 
@@ -123,11 +133,13 @@ def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
     else:
         width = max((len(p.labels) for p in predictions), default=0)
         columns = [f"{kind}_{i}" for i in range(1, width + 1) for kind in ("label", "probability")]
+        asked = any(p.rejected is not None for p in predictions)
         writer = csv.writer(text)
-        writer.writerow(["name", *columns, "problem"])
+        writer.writerow(["name", *columns, *["rejected"] * asked, "problem"])
         for p in predictions:
             cells = [str(cell) for label, share in p.labels for cell in (plain_cell(label), round(share, 6))]
-            writer.writerow([plain_cell(p.name), *cells, *[""] * (2 * width - len(cells)), p.problem])
+            verdict = ["" if p.rejected is None else str(p.rejected).lower()] * asked
+            writer.writerow([plain_cell(p.name), *cells, *[""] * (2 * width - len(cells)), *verdict, p.problem])
     write_file(path, text.getvalue().encode())
 
 
@@ -135,6 +147,12 @@ def require_suffix(path: Path) -> None:
     """Raise UserError when predictions cannot be written to a file of this name."""
     if path.suffix not in (".csv", ".jsonl"):
         raise UserError(f"{path}: predictions are written as .csv or .jsonl; choose one of these suffixes.")
+
+
+def require_probability(reject: float) -> None:
+    """Raise UserError when answers cannot be rejected below this."""
+    if not 0 < reject <= 1:
+        raise UserError(f"answers are rejected below a probability, more than 0 and at most 1, not {reject:g}.")
 
 
 def plain_cell(cell: str) -> str:

@@ -25,6 +25,10 @@ Kind = Literal[
     "turned",
     "wrong-suffix",
     "ignored",
+    "suspect-label",
+    "near-duplicate",
+    "seen-pictures",
+    "labels-not-judged",
 ]
 
 
@@ -36,6 +40,18 @@ class Item:
     """Names of pictures, other files, or classes."""
     detail: str = ""
     """What is particular about them: the reason, the labels, the parts, the size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspect(Item):
+    """One picture whose label is probably wrong."""
+
+    label: str
+    suggested: str
+    """The class that the model takes it for."""
+    label_probability: float
+    """Probability of its label: the lower, the more suspect."""
+    suggested_probability: float
 
 
 @dataclass(frozen=True)

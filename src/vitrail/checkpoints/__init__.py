@@ -2,11 +2,14 @@
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from vitrail.checkpoints.adapt import adapt, check_overrides, with_overrides
-from vitrail.checkpoints.folder import CONFIG, WEIGHTS, load_folder, save_model
+from vitrail.checkpoints.folder import CARD, CONFIG, WEIGHTS, load_folder, read_config, save_model
 from vitrail.checkpoints.foreign import (
     CONVENTIONS,
     SUFFIXES,
@@ -19,6 +22,7 @@ from vitrail.checkpoints.foreign import (
     write_arrays,
 )
 from vitrail.checkpoints.hub import fetch_model_files, is_hub_source, load_from_hub
+from vitrail.checkpoints.hub_push import push_folder, require_destination
 from vitrail.checkpoints.packages import PACKAGES, load_packaged
 from vitrail.checkpoints.storage import standing
 from vitrail.config.model import ALIASES, model_config
@@ -26,7 +30,16 @@ from vitrail.errors import UserError
 from vitrail.models import ImageModel
 from vitrail.weights import weights_at_hand
 
-__all__ = ["CONVENTIONS", "adapt", "convert", "export_names", "load_folder", "load_model", "save_model"]
+__all__ = [
+    "CONVENTIONS",
+    "adapt",
+    "convert",
+    "export_names",
+    "load_folder",
+    "load_model",
+    "save_model",
+    "training_data",
+]
 
 _log = logging.getLogger("vitrail")
 
@@ -71,6 +84,21 @@ def load_model(
     raise UserError(_why_not(str(source)))
 
 
+def training_data(source: str | Path) -> str | None:
+    """Return the hash of the data that a model was trained on, None where its source does not tell.
+
+    Args:
+        source: As `load_model` takes it, loaded before if it is on the hub.
+    """
+    try:
+        hub = fetch_model_files(str(source), offline=True) if is_hub_source(source) else None
+        folder = hub.config.parent if hub else _own_folder(source)
+        facts = folder and read_config(folder).get("data")
+    except UserError:  # the files of others say nothing of it
+        return None
+    return facts.get("fingerprint") if isinstance(facts, dict) else None
+
+
 def export_names(model: ImageModel, path: str | Path, names: str | None = None) -> str:
     """Write a model's weights under foreign names; reading the file gives the same weights, bit for bit.
 
@@ -103,29 +131,55 @@ def convert(
     names: str | None = None,
     allow_pickle: bool = False,
     offline: bool = False,
+    public: bool = False,
+    license: str | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Bring weights from one form to another: from any source of `load_model` to a model folder or foreign file.
 
     Args:
         source: As `load_model` takes it.
-        dest: A folder; or a file, whose suffix says its format, as `export_names` writes it.
+        dest: A folder; a file, whose suffix says its format, as `export_names` writes it; or `hf:OWNER/NAME`, to send a
+            model folder to the Hugging Face hub, with the metrics, the recipe and the card that the source has.
         names: Names to write a file under; None takes those that leave the least untold about such a model.
         allow_pickle: As in `load_model`.
         offline: As in `load_model`.
+        public: On the hub, whether everybody may have the model. A new repository is private otherwise.
+        license: On the hub, the licence for its card: an identifier such as `apache-2.0`.
         **overrides: As in `load_model`.
 
     Returns:
-        What was made of what, with the SHA-256 of a source that is a file, or comes from the hub.
+        What was made of what, with the SHA-256 of a source that is a file, or comes from the hub; for the hub, also
+        `page`, `commit` and `visibility`.
 
     Raises:
         UserError: When the source cannot be read, or the destination not written.
     """
-    dest = Path(dest)
-    to_file = dest.suffix in SUFFIXES or names is not None
+    to_hub = is_hub_source(dest)
+    to_file = not to_hub and (Path(dest).suffix in SUFFIXES or names is not None)
+    if to_hub:
+        require_destination(str(dest))
+        if names is not None:
+            raise UserError(f"to {dest} goes a Vitrail folder, which has names of its own; leave --names out.")
+    elif public or license is not None:
+        raise UserError(f"--public and --license are for hf:OWNER/NAME, not for {dest}.")
     if to_file:
-        require_written(dest)
+        require_written(Path(dest))
     model = load_model(source, allow_pickle=allow_pickle, offline=offline, **overrides)
+    facts = _facts_of(source, allow_pickle)
+    written: dict[str, Any] = {"written": str(dest)}
+    if to_hub:
+        with _as_folder(model, source, facts, changed=bool(overrides)) as folder:
+            written = push_folder(folder, str(dest), public=public, license=license)
+    elif to_file:
+        facts["names"] = export_names(model, dest, names)
+    else:
+        save_model(model, dest, recipe={"converted": dict(facts)})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {**facts, "model": type(model).__name__, "parameters": parameters, **written}
+
+
+def _facts_of(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {"source": str(source)}
     if is_hub_source(source):  # it is in the cache by now
         files = fetch_model_files(str(source), offline=True, allow_pickle=allow_pickle)
@@ -133,12 +187,26 @@ def convert(
     elif Path(source).is_file():
         with open(source, "rb") as file:
             facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    if to_file:
-        facts["names"] = export_names(model, dest, names)
-    else:
-        save_model(model, dest, recipe={"converted": dict(facts)})
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {**facts, "model": type(model).__name__, "parameters": parameters, "written": str(dest)}
+    return facts
+
+
+@contextmanager
+def _as_folder(model: ImageModel, source: str | Path, facts: dict[str, Any], *, changed: bool) -> Iterator[Path]:
+    """Give a model folder: the source's own, or one that is made of what was read and goes afterwards."""
+    folder = _own_folder(source)
+    if folder is not None and not changed and (folder / CARD).is_file():
+        yield folder
+        return
+    with TemporaryDirectory() as place:
+        save_model(model, Path(place) / "model", recipe={"converted": dict(facts)})
+        yield Path(place) / "model"
+
+
+def _own_folder(source: str | Path) -> Path | None:
+    """Return the model folder that a local source is, None where it is something else."""
+    path = Path(source)
+    folder = weights_at_hand().get(str(source), path.parent if path.name == WEIGHTS else path)
+    return folder if (folder / CONFIG).is_file() else None
 
 
 def _why_not(source: str) -> str:

@@ -1,6 +1,5 @@
 """The verbs about models themselves: `models`, `convert` and `benchmark`."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -49,7 +48,7 @@ def models(
 
 def convert(
     source: Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]],
-    dest: Positional[Annotated[Path, tyro.conf.arg(metavar="DEST")]],
+    dest: Positional[Annotated[str, tyro.conf.arg(metavar="DEST")]],
     *,
     names: str | None = None,
     image_size: int | None = None,
@@ -57,13 +56,16 @@ def convert(
     gelu: Literal["tanh", "erf", "quick"] | None = None,
     allow_pickle: bool = False,
     offline: bool = False,
+    public: bool = False,
+    license: str | None = None,
     json: bool = False,
 ) -> int:
-    """Bring weights from one form to another: model folders, and files under the names of other libraries.
+    """Bring weights from one form to another: model folders, files under the names of other libraries, and the hub.
 
     Args:
         source: Model folder, weight file, model name with weights at hand, hf:ID or timm:ID.
-        dest: Folder for a Vitrail model; or a file: .npz, .safetensors, .pth, or .index (V-MoE).
+        dest: Folder for a Vitrail model; a file: .npz, .safetensors, .pth, or .index (V-MoE); or hf:OWNER/NAME, to
+            send the model, its settings and its card to the Hugging Face hub, where a new repository is private.
         names: For a file, whose names to write: vit, vit-published, big-vision, vmoe, timm, hf, cvt or
             efficientnet-pytorch; default: those that leave the least untold about such a model.
         image_size: Resize positions to this picture size.
@@ -71,6 +73,8 @@ def convert(
         gelu: Flavour of GELU, where the file cannot tell.
         allow_pickle: Read a PyTorch file (.pth, .bin); nothing in it is executed.
         offline: Take hf: and timm: models from the cache alone.
+        public: On the hub, let everybody have the model.
+        license: On the hub, the licence for the model's card, such as apache-2.0.
         json: Print one JSON document on stdout.
     """
     from vitrail.checkpoints import convert as bring
@@ -78,7 +82,16 @@ def convert(
     each = heads[0] if heads is not None and len(heads) == 1 else heads
     given: dict[str, Any] = {"image_size": image_size, "heads": each, "gelu": gelu}
     overrides = {key: value for key, value in given.items() if value is not None}
-    facts = bring(source, dest, names=names, allow_pickle=allow_pickle, offline=offline, **overrides)
+    facts = bring(
+        source,
+        dest,
+        names=names,
+        allow_pickle=allow_pickle,
+        offline=offline,
+        public=public,
+        license=license,
+        **overrides,
+    )
     if json:
         return print_json(facts)
     console = Console(highlight=False, soft_wrap=True)

@@ -64,6 +64,7 @@ def predict(
     images: Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="PICTURE ...")]],
     *,
     top: int = 5,
+    reject: Annotated[float | None, tyro.conf.arg(metavar="BELOW")] = None,
     out: Path | None = None,
     engine: EngineName = "auto",
     workers: int = 2,
@@ -75,6 +76,7 @@ def predict(
         model: Model folder or weight file.
         images: Pictures, folders, globs.
         top: Classes per picture.
+        reject: Mark answers of a lower probability than this as rejected; the report of a run names thresholds.
         out: Write to this .csv or .jsonl file instead of the terminal.
         engine: What computes the answers; auto takes the fastest that is installed, where finding it pays.
         workers: Decoding threads.
@@ -83,16 +85,19 @@ def predict(
     from vitrail.checkpoints import load_model
     from vitrail.parallel import pick_device
     from vitrail.prediction import predict as classify
-    from vitrail.prediction import require_suffix, write_predictions
+    from vitrail.prediction import require_probability, require_suffix, write_predictions
 
     if top < 1:
         raise UserError(f"--top must be at least 1, not {top}.")
     require_workers(workers)
     require_engine(engine)
+    if reject is not None:
+        require_probability(reject)
     if out is not None:
         require_suffix(out)  # before the work, not after it
     device = "cpu" if engine in PACKAGES else pick_device()
-    predictions = classify(load_model(model).to(device), images, top=top, workers=workers, engine=engine)
+    loaded = load_model(model).to(device)
+    predictions = classify(loaded, images, top=top, reject=reject, workers=workers, engine=engine)
     if out is not None:
         write_predictions(predictions, out)
     if json:
@@ -102,24 +107,39 @@ def predict(
         table = Table(Column("picture", overflow="fold"), "classes, likeliest first")
         for p in predictions:
             answer = ", ".join(f"{label} {share:.1%}" for label, share in p.labels) or f"skipped: {p.problem}"
-            table.add_row(Text(p.name), Text(answer))
+            table.add_row(Text(p.name), Text(f"rejected: {answer}" if p.rejected else answer))
         Console().print(table)
     return 3 if any(p.problem for p in predictions) else 0
 
 
-def check(data: Data, *, workers: int = 2, json: bool = False) -> int:
-    """Tell what is wrong with a data set: broken pictures, duplicates, leakage, imbalance, odd formats.
+def check(
+    data: Data, *, model: str | None = None, out: Path | None = None, workers: int = 2, json: bool = False
+) -> int:
+    """Tell what is wrong with a data set: broken pictures, duplicates, leakage, imbalance, odd formats, wrong labels.
 
     Args:
-        data: Folder of pictures, CSV manifest, CIFAR or IDX folder, or .npz.
+        data: Folder of pictures, CSV manifest, CIFAR or IDX folder, .npz, or clothing (embedded).
+        model: Model folder or weight file, best trained on other pictures of these classes: find labels that are
+            probably wrong, and pictures that look almost the same.
+        out: Write a page with the pictures concerned to this .html file.
         workers: Decoding threads.
         json: Print one JSON document on stdout.
     """
     from vitrail.check import check as inspect
     from vitrail.check import print_report
+    from vitrail.checkpoints import load_model, training_data
+    from vitrail.parallel import pick_device
 
     require_workers(workers)
-    report = inspect(data, workers=workers)
+    if out is not None:
+        _require_page(out)
+    loaded = None if model is None else load_model(model).to(pick_device())
+    report = inspect(data, model=loaded, trained_on=training_data(model) if model else None, workers=workers)
+    if out is not None:
+        from vitrail.report.checking import write_check_page
+
+        channels = 3 if loaded is None else loaded.preprocessing.channels
+        write_check_page(report, out, title=f"Check of {Path(data).name}", channels=channels)
     if json:
         print_json(report.to_json())
     else:
@@ -143,8 +163,8 @@ def compare(
     from vitrail.compare import compare as put_side_by_side
     from vitrail.compare import print_comparison, write_page
 
-    if out is not None and out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"{out}: the page is written as .html; choose this suffix.")
+    if out is not None:
+        _require_page(out)
     comparison = put_side_by_side(runs)
     if out is not None:
         write_page(comparison, out)
@@ -152,6 +172,11 @@ def compare(
         return print_json(comparison.to_json())
     print_comparison(comparison, Console())
     return 0
+
+
+def _require_page(path: Path) -> None:
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{path}: the page is written as .html; choose this suffix.")
 
 
 def _print_evaluation(evaluation: "Evaluation", metrics: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from vitrail.report.sections import (
     classes_section,
     confusion_section,
     data_section,
+    risk_section,
     summary,
 )
 from vitrail.report.training import configuration_section, curves_section
@@ -83,6 +84,7 @@ def write_report(
         "confusion": confusion_section(evaluation),
         "classes": classes_section(evaluation),
         "calibration": calibration_section(evaluation, metrics),
+        "risk": risk_section(evaluation),
         "answers": answers_section(evaluation, source, model),
         "attention": attention_section(evaluation, source, model),
         "data": data_section(evaluation, source, run.data if run else {}),
@@ -111,7 +113,7 @@ def write_pretraining_report(
         run: How it was trained.
         restored: Pictures that it filled in.
     """
-    absent = dict.fromkeys(("comparison", "confusion", "classes", "calibration", "attention"))
+    absent = dict.fromkeys(("comparison", "confusion", "classes", "calibration", "risk", "attention"))
     sections = {
         "summary": pretraining_summary(metrics, model, run.data, run.seconds),
         "curves": curves_section(run.config, run.metrics),

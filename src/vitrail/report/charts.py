@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 from jaxtyping import Float, Int
 
-from vitrail.metrics import Bin
+from vitrail.metrics import Bin, Kept
 
 WIDTH, HEIGHT = 360, 220  # of one chart: as wide as a phone, three side by side on a desktop
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 30, 38  # margins around the plot
@@ -148,6 +148,23 @@ def reliability_chart(before: Sequence[Bin], after: Sequence[Bin]) -> str:
     for x, y, radius in points:
         _add(svg, "circle", class_="dot s2", cx=x, cy=y, r=radius)
     _legend(svg, [("as trained", "s1", True), ("with temperature", "s2", False)])
+    return _text(svg)
+
+
+def risk_chart(curve: Sequence[Kept], marks: Sequence[tuple[str, Kept]]) -> str:
+    """Return the error among the answers that are kept over the share that is kept, with some points marked by name."""
+    svg = _svg(WIDTH, HEIGHT, "Error among the answers that are kept, over the share that is kept.")
+    highest = max(max(kept.risk for kept in curve), 0.01)
+    x_scale = Scale(0.0, 1.0, LEFT, WIDTH - RIGHT, percent=True)
+    y_scale = Scale(0.0, 1.08 * highest, HEIGHT - BOTTOM, TOP, percent=True)
+    _axes(svg, x_scale, y_scale, "answers kept, the surest first")
+    points = _thinned([(kept.coverage, kept.risk) for kept in curve])
+    _polyline(svg, [(x_scale.at(coverage), y_scale.at(risk)) for coverage, risk in points], "line s1")
+    for name, kept in marks:
+        x, y = x_scale.at(kept.coverage), y_scale.at(kept.risk)
+        _add(svg, "circle", class_="dot s2", cx=x, cy=y, r=4)
+        right = x < LEFT + 28  # room is on that side only
+        _add(svg, "text", name, class_=f"tick {'start' if right else 'end'}", x=x + 6 if right else x - 6, y=y - 7)
     return _text(svg)
 
 

@@ -10,7 +10,7 @@ from vitrail.data.view import view_pixels
 from vitrail.errors import BrokenPicture, UserError
 from vitrail.metrics import Answer, Evaluation, wilson_interval
 from vitrail.models import ImageModel
-from vitrail.report.charts import bar_chart, heat_map, reliability_chart
+from vitrail.report.charts import bar_chart, heat_map, reliability_chart, risk_chart
 from vitrail.report.comparison import NAMES
 from vitrail.report.figures import is_small, png_uri, thumbnail
 
@@ -18,6 +18,7 @@ Section = dict[str, Any]
 
 LARGEST_MATRIX = 40  # classes; beyond, cells get too small to read
 PAIRS_BESIDE_MATRIX, PAIRS_ALONE = 6, 20
+ACCURACIES = (0.9, 0.95, 0.99)  # that thresholds are named for
 MISTAKES, RIGHT = 18, 9  # pictures in the gallery
 THUMBNAIL = 120  # pixels of a gallery picture's longer side: keeps a page of 100 classes below 3 MB
 
@@ -98,6 +99,34 @@ def calibration_section(evaluation: Evaluation, metrics: Mapping[str, float]) ->
     }
 
 
+def risk_section(evaluation: Evaluation) -> Section | None:
+    """Return the risk-coverage curve, its area, and the thresholds that reach some accuracies."""
+    if evaluation.multi_label:
+        return None
+    curve = evaluation.risk_coverage()
+    error = curve[-1].risk
+    if not error:
+        return None
+    marks, rows = [], []
+    for accuracy in ACCURACIES:
+        kept = evaluation.threshold_for(accuracy)
+        if kept is None:
+            rows.append((f"{accuracy:.0%}", "not reached", "", ""))
+            continue
+        low, high = wilson_interval(1 - kept.risk, round(kept.coverage * len(evaluation)))
+        threshold = "none needed" if kept is curve[-1] else _rounded_down(kept.threshold)
+        rows.append((f"{accuracy:.0%}", threshold, f"{kept.coverage:.1%}", f"{low:.1%} to {high:.1%}"))
+        marks.append((f"{accuracy:.0%}", kept))
+    return {
+        "chart": risk_chart(curve, marks),
+        "rows": rows,
+        "error": f"{error:.1%}",
+        "area": f"{evaluation.aurc():.3f}",
+        "chance": f"{error:.3f}",
+        "best": f"{error + (1 - error) * np.log1p(-error):.3f}" if error < 1 else f"{error:.3f}",
+    }
+
+
 def answers_section(evaluation: Evaluation, source: Source, model: ImageModel) -> Section:
     """Return galleries of the worst mistakes and of some right answers."""
     groups = {"wrong": evaluation.worst(MISTAKES), "right": evaluation.right(RIGHT)}
@@ -174,6 +203,11 @@ def _balance(source: Source) -> Section:
 
 def _broken(evaluation: Evaluation) -> str:
     return f"{len(evaluation.broken):,} could not be read" if evaluation.broken else ""
+
+
+def _rounded_down(threshold: float) -> str:
+    """Return a threshold with four digits, none of the answers that it keeps being lost."""
+    return f"{np.floor(1e4 * threshold) / 1e4:.4f}"
 
 
 def _share(value: float | None) -> str:
