@@ -22,7 +22,7 @@ from vitrail.config.recipes import SupervisedConfig
 from vitrail.config.run import AugmentConfig, InputConfig, LoopConfig, RunConfig
 from vitrail.errors import Interrupted
 from vitrail.models.blocks import compile_blocks
-from vitrail.training import run_training, setup
+from vitrail.training import placing, run_training
 from vitrail.training.folder import RunFolder
 from vitrail.training.speed import try_block
 
@@ -77,7 +77,7 @@ def recomputing() -> dict[str, Any]:
 
 
 def whole_run(photos: Path, folder: Path) -> dict[str, Any]:
-    setup.compile_blocks = lambda model: compile_blocks(model, backend=counting)
+    placing.compile_blocks = lambda model: compile_blocks(model, backend=counting)
     training.require_compiler = lambda device: None
     graphs.clear()
     plain, compiled = (

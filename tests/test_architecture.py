@@ -14,7 +14,7 @@ PACKAGE = Path(vitrail.__file__).parent
 # Low to high. A module imports from lower floors and from its own package, never sideways or upwards.
 FLOORS = [
     ["errors", "config"],
-    ["npz", "weights"],
+    ["npz", "weights", "sharding", "cache"],
     ["layers", "optimizers", "presets"],
     ["models"],
     ["losses", "optim", "parallel", "metrics", "data", "engines"],

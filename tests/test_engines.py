@@ -33,7 +33,9 @@ BATCH = 4
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where this test's machine keeps what is known of engines."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return known.cache_file()
+    file = known.cache_file()
+    assert file is not None
+    return file
 
 
 @torch.no_grad()

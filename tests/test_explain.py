@@ -473,3 +473,10 @@ def test_views_of_attention_have_no_graph_and_leave_the_readers_gradients_on() -
     for view in explain.attention_views(randomised("vit"), pictures()):
         assert not view.requires_grad
         assert torch.is_grad_enabled()
+
+
+def test_merged_tokens_have_no_place_to_be_shown_at() -> None:
+    model = tiny_vit(merge_tokens=1)
+    assert not {"relevance", "rollout", "attention", "distance"} & set(explain.choose_methods(model))
+    with pytest.raises(UserError, match="merge_tokens=0"):
+        explain.choose_methods(model, ["rollout"])

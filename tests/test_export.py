@@ -1,5 +1,6 @@
 """Exported files answer as the model does, for any picture, and nothing is written that does not."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from vitrail.config.preprocessing import Fit, Interpolation, Preprocessing
 from vitrail.data import open_data, read_parts
 from vitrail.data.view import evaluation_view, mean_levels, view_levels
 from vitrail.errors import UserError
-from vitrail.exporting import NotExported, parity, writing
+from vitrail.exporting import NotExported, parity, scripts, writing
 from vitrail.exporting.classifier import view_of_any_size
 from vitrail.exporting.parity import TOLERANCE, judge
 from vitrail.exporting.pictures import parity_pictures
@@ -309,3 +310,9 @@ def test_parity_pictures_are_those_of_the_part_that_nothing_was_learned_from(pho
     test = open_data("clothing").test
     assert test is not None
     assert np.array_equal(embedded[0].pixels, test.load(0))
+
+
+def test_a_name_of_any_characters_stands_in_the_script() -> None:
+    script = scripts.script_for("\U0001f600 'shoes'.onnx", channels=3, multi_label=False)
+    names = [node.value for node in ast.walk(ast.parse(script)) if isinstance(node, ast.Constant)]
+    assert "\U0001f600 'shoes'.onnx" in names

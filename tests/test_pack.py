@@ -12,12 +12,14 @@ from pictures import encode, natural, turned
 from PIL import Image
 
 from vitrail import train
+from vitrail.cache import cache_folder
 from vitrail.config.preprocessing import Preprocessing
 from vitrail.config.run import AugmentConfig, InputConfig
 from vitrail.data import FileSource, Subset, open_data, pack
 from vitrail.data.decode import read_picture
 from vitrail.data.pack import Pack, open_pack
 from vitrail.data.stream import Stream
+from vitrail.engines import known
 from vitrail.errors import BrokenPicture
 
 KINDS = ("JPEG", "PNG", "WEBP")
@@ -224,3 +226,15 @@ def test_parts_of_one_folder_share_a_pack(photos: Path, packs: Path) -> None:
     for part in (data.train, data.val):
         assert isinstance(part, Subset) and isinstance(part.source, FileSource) and part.source._pack is not None
         assert part.source._pack.path == path
+
+
+def test_without_a_user_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nobody)
+    assert cache_folder() is None
+    assert pack.open_pack([Path("a.jpg")] * pack.LEAST, 3) is None
+    known.remember("key", {"onnx": known.Finding(2.0, 1.0)})
+    assert known.recall("key") == {}

@@ -27,6 +27,7 @@ from vitrail.config.model import MODELS, ModelConfig, list_models
 from vitrail.config.recipes import SamConfig
 from vitrail.config.run import LoopConfig, OptimConfig, RecipeConfig, RunConfig, SupervisedConfig
 from vitrail.config.semantic import SemanticConfig
+from vitrail.config.wide_resnet import WIDE_RESNETS
 from vitrail.errors import UserError
 from vitrail.models import build
 from vitrail.planner import pages, plan, words
@@ -59,7 +60,17 @@ def parameters(model: ModelConfig) -> int:
 
 
 def run_of(config: RunConfig, steps: int | None = 1000) -> Run:
-    return Run(name="mine", preset=True, model="mine", config=config, steps=steps, minutes=None, data=None)
+    return Run(
+        name="mine",
+        preset=True,
+        model="mine",
+        config=config,
+        steps=steps,
+        minutes=None,
+        data=None,
+        accumulation=config.loop.accumulation,
+        flags="",
+    )
 
 
 def tiny_run(family: str = "vit", batch_size: int = 4096, **changes: object) -> RunConfig:
@@ -228,14 +239,17 @@ def test_what_is_sent_follows_the_formulas() -> None:
     ddp, fsdp, hybrid = layouts(H100, 16, TINY["vit"])
     assert (ddp.name, fsdp.name, hybrid.name) == ("DDP", "FSDP", "hybrid")
     assert sent(ddp, workload(), micro_batches=3) == {"gradient averaged": 2 * 15 / 16 * 4000}
-    assert sent(fsdp, workload()) == {"weights gathered": 15 / 16 * 4000, "gradient scattered": 15 / 16 * 4000}
+    gathered = 2 * (2 * 800 + 4 * 200)  # outside of blocks in fp32
+    assert sent(fsdp, workload()) == {"weights gathered": 15 / 16 * gathered, "gradient scattered": 15 / 16 * 4000}
     assert sent(fsdp, workload(wide=4), micro_batches=3)["weights gathered"] == 15 / 16 * 3 * 8000
     between = {"gradient averaged between machines": 2 * 1 / 2 * 4 * 1000 / 8}
     assert sent(hybrid, workload()) == {
-        "weights gathered": 7 / 8 * 4000,
+        "weights gathered": 7 / 8 * gathered,
         "gradient scattered": 7 / 8 * 4000,
         **between,
     }
+    of_sam = sent(hybrid, workload(forwards=2.0, backwards=2.0), micro_batches=3)  # asks for the mean of every pass
+    assert of_sam["gradient averaged between machines"] == 6 * 2 * 1 / 2 * 4 * 1000 / 8
     (alone,) = layouts(H100, 1, TINY["vit"])
     assert sent(alone, workload()) == {} and not alone.added(workload(), 4).any()
 
@@ -249,7 +263,7 @@ def test_experts_get_their_tokens_and_average_over_their_copies() -> None:
     assert over8["experts' gradient averaged"] == 2 * 1 / 2 * 4 * 8000 / 8
     assert over16["tokens to experts and back"] == 15 / 16 * 4 * 4 * 2 * 5 * 100
     assert "experts' gradient averaged" not in over16
-    assert over8["weights gathered"] == 15 / 16 * 2 * 4000  # of the dense weights alone
+    assert over8["weights gathered"] == 15 / 16 * 2 * 2 * (2 * 800 + 4 * 200)  # of the dense weights alone
     shares = found["experts over 8"].held()
     assert shares[Kind.WEIGHTS].tolist() == [1 / 16, 1 / 8] and shares[Kind.ACTIVATIONS].tolist() == [1, 1]
 
@@ -277,7 +291,7 @@ HEAVY = tiny_run(model=replace(TINY["vit"], width=128, mlp_dim=512, depth=4), ba
 
 
 def test_what_does_not_fit_is_told_with_its_largest_parts_and_a_number_of_gpus_that_would() -> None:
-    planner = planner_of(HEAVY).on(gpu_of(5))
+    planner = planner_of(HEAVY).on(gpu_of(9))
     found = replace(planner.plan(1, 1.0), fewest=planner.fewest())
     assert not found.fitting and found.others[0].total > found.room
     told = " ".join(words.reasons(found))
@@ -400,8 +414,27 @@ def test_json_holds_all_and_says_that_it_is_predicted() -> None:
 
 def test_a_preset_has_a_length_and_names_the_flags_of_the_best(said: Callable[..., str]) -> None:
     text = said("tiny-cifar10", "--gpu", "l4", "--batch-size", "2000000", "--image-size", "16")
-    assert "vitrail train tiny-cifar10 --loop.accumulation" in text
+    told = "vitrail train tiny-cifar10 --model.image-size 16 16 --loop.batch-size 2000000 --loop.accumulation"
+    assert f"\n{told}" in text
     assert "10 epochs of cifar10" in text and "at 16 px" in text
+
+
+def test_several_gpus_are_started_by_torchrun_with_their_sharding(said: Callable[..., str]) -> None:
+    text = said("tiny-cifar10", "--gpus", "16")
+    line = next(line for line in text.splitlines() if line.startswith("torchrun"))
+    assert "--nnodes 2" in line and "--nproc-per-node 8 -m vitrail train tiny-cifar10" in line
+    best = text.splitlines()[text.splitlines().index(line) - 1]
+    assert ("--loop.sharding full" in line) == ("FSDP" in best)
+
+
+def test_pictures_that_sam_perturbs_together_stay_as_many_as_the_recipe_says() -> None:
+    config = RunConfig(
+        model=WIDE_RESNETS["wide-resnet-28-2"], recipe=SamConfig(), loop=LoopConfig(batch_size=256, accumulation=8)
+    )
+    for gpus, accumulation in ((1, 8), (4, 2), (16, 1)):
+        choice = planned(config, gpus).fitting[0]
+        assert choice.accumulation == accumulation
+        assert choice.micro_batch <= 32
 
 
 def test_pictures_are_svg(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from vitrail.errors import BrokenPicture, UserError
 from vitrail.metrics import Evaluation, fit_temperature, real_accuracy
 from vitrail.models import ImageModel
 from vitrail.parallel import Precision, autocast, gather_objects, share_of, world_size
+from vitrail.sharding import is_sharded
 
 PREFETCH = 3  # further batches decoded ahead: hides a slow picture without holding much memory
 BATCH = {"cpu": 8, "cuda": 64}
@@ -253,7 +254,10 @@ def ask(
     read: list[int] = []
     broken: list[tuple[int, str]] = []
     loaded = _batches(source, model.preprocessing, batches, workers, overlapped=device.type != "cpu")
-    with closing(loaded), _evaluating(model), torch.inference_mode():
+    together = is_sharded(model)
+    channels, image_size = model.preprocessing.channels, model.preprocessing.image_size
+    # Memory into which weights are gathered must not be inference mode's: training goes on in it.
+    with closing(loaded), _evaluating(model), torch.no_grad() if together else torch.inference_mode():
         for _ in range(rounds):
             if stop is not None:
                 stop()
@@ -265,6 +269,9 @@ def ask(
                 with autocast(precision, device):
                     rows.append(answer(images.to(device)).float().cpu())
                 read += indices
+            elif together:  # its weights are gathered by all processes, in every round
+                with autocast(precision, device):
+                    answer(torch.zeros(1, channels, *image_size, device=device))
     return _gather(source, torch.cat(rows).numpy() if rows else None, read, broken, max_broken)
 
 

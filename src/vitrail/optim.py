@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from vitrail.config.run import OptimConfig
 from vitrail.errors import UserError
 from vitrail.models.base import ImageModel
 from vitrail.optimizers import Adafactor, AdamW8bit, Muon, RMSProp
+from vitrail.sharding import is_sharded, local, spread
 
 
 def prepare(model: ImageModel, config: OptimConfig) -> None:
@@ -111,8 +111,14 @@ def build_optimizer(model: ImageModel, config: OptimConfig) -> Optimizer:
     """Return the optimizer of a model's trainable parameters.
 
     Raises:
-        UserError: When updates are to happen in the backward pass, and there are several processes.
+        UserError: When updates are to happen in the backward pass, and there are several processes; or when moments are
+            to be held in 8 bits, and weights are spread over processes.
     """
+    if config.moments == "8bit" and is_sharded(model):
+        raise UserError(
+            "--optim.moments 8bit packs moments of whole weights, which --loop.sharding spreads over processes: leave "
+            "one of them out."
+        )
     optimizer = _optimizer(model, config)
     if config.in_backward:
         update_in_backward(optimizer)
@@ -232,30 +238,34 @@ class AveragedWeights:
         present: list[Tensor] = []
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
-                averaged.append(self.average[name])
-                present.append(tensor)
+                averaged.append(local(self.average[name]))
+                present.append(local(tensor))
             else:
                 self.average[name].copy_(tensor)
         torch._foreach_lerp_(averaged, present, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Lend the average to the model, without a copy, until the context ends."""
+        """Lend the average to the model until the context ends."""
         self._swap(model)
         try:
             yield
         finally:
             self._swap(model)
 
+    @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:
-        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-            if name in self.average:  # buffers outside the state dict are not averaged
-                tensor.data, self.average[name] = self.average[name], tensor.data
+        """Exchange values, one tensor after the other: FSDP gathers from the memory that it once gave to a weight."""
+        for name, tensor in model.state_dict().items():
+            present, average = local(tensor), local(self.average[name])
+            kept = present.clone()
+            present.copy_(average)
+            average.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
-        for name, tensor in state["average"].items():
-            self.average[name].copy_(tensor)
+        for name, tensor in spread(state["average"], like=self.average).items():
+            local(self.average[name]).copy_(local(tensor))

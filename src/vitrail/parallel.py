@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vitrail.errors import UserError
+from vitrail.sharding import exchange_with, is_sharded
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -33,6 +34,11 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _alone = before
+
+
+def local_rank() -> int:
+    """Return this process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def rank() -> int:
@@ -170,14 +176,18 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return the module to call in training: itself, or averaged over processes (DDP)."""
-    if world_size() == 1:
+    """Return the module to call in training: itself, or averaged over processes (DDP).
+
+    One whose weights are spread over processes (`sharding.shard`) averages gradients by itself.
+    """
+    if world_size() == 1 or is_sharded(module):
         return module
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def accumulating(module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
-    """Return the context of one micro-batch: gradients are exchanged with the last one only."""
+    """Return the context of one micro-batch: copies of gradients are averaged with the last one only."""
+    exchange_with(module, last=last)
     if isinstance(module, DistributedDataParallel) and not last:
         return module.no_sync()
     return nullcontext()

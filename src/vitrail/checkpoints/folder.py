@@ -37,6 +37,7 @@ def save_model(
     recipe: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     half: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model folder, complete or not at all.
 
@@ -47,6 +48,7 @@ def save_model(
         recipe: The settings that made the weights.
         data: What they were made from.
         half: Round the weights to 16 bits: half as large a file, which loads into 32 bits again.
+        weights: The model's state dict, where the model itself holds but a part of it; by default its own.
 
     Raises:
         UserError: When the labels do not fit the head, 16 bits cannot hold a weight, the disk is full, or the place
@@ -71,7 +73,9 @@ def save_model(
     }
     config = (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     card = model_card(model, metrics=metrics, recipe=recipe, data=data).encode()
-    state = _halved(model.state_dict()) if half else model.state_dict()
+    state = dict(model.state_dict() if weights is None else weights)
+    if half:
+        state = _halved(state)
 
     def write(place: Path) -> None:
         write_tensors(place / WEIGHTS, state)

@@ -64,9 +64,10 @@ def plan(
         console.print("\nWhat fits, best first:", markup=False)
         console.print(shown)
     console.print(*("", *words.reasons(found)), sep="\n", markup=False)
-    best = found.fitting[0] if found.fitting else None
-    if best is not None and found.run.preset and best.flags:
-        console.print(f"The best one's settings: vitrail train {model} {best.flags}", markup=False)
+    best = next((choice for choice in found.fitting if choice.available), None)
+    if best is not None and found.run.preset:
+        console.print(f"To train so ({best.layout}, {best.settings}):", markup=False)
+        console.print(f"{words.launch(found)} train {model} {best.flags}".rstrip(), markup=False)
     console.print("\nAssumed:", *words.assumptions(found), MORE, sep="\n- ", markup=False)
     if out is not None:
         console.print(f"\n{out}: what a GPU holds in each layout", markup=False)

@@ -33,7 +33,8 @@ class SamConfig(LossConfig):
     """Sharpness-aware minimization: descend by the gradient of the worst weights nearby. An update costs two passes.
 
     SAM: Foret et al., 2021 (arXiv 2010.01412). ASAM: Kwon et al., 2021 (arXiv 2102.11600). GSAM: Zhuang et al., 2022
-    (arXiv 2203.08065). Each process perturbs by the gradient of its own pictures (m-sharpness, SAM section 4.1).
+    (arXiv 2203.08065). Each process perturbs by the gradient of its own pictures (m-sharpness, SAM section 4.1); where
+    they share one set of weights (`--loop.sharding`), all by that of all.
     """
 
     variant: Literal["sam", "asam", "gsam"] = "sam"

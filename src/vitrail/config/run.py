@@ -274,6 +274,10 @@ class LoopConfig:
     activation_checkpointing: float = 0.0
     """Share of the model's blocks, counted from the input, whose activations are not kept but computed again: less
     memory, up to a third more time, the same result."""
+    sharding: Literal["none", "full", "hybrid"] = "none"
+    """What each process holds under torchrun: the whole model (`none`: DDP), or its part of weights, gradient, moments
+    and averages (FSDP), a block's weights being gathered when it is due: `full` spreads them over all processes,
+    `hybrid` over those of a machine."""
 
     def __post_init__(self) -> None:
         _require_finite(self, "loop.")

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +22,7 @@ import PIL
 import simplejpeg
 from jaxtyping import Int, UInt8
 
+from vitrail.cache import cache_folder
 from vitrail.data.base import Picture
 from vitrail.data.decode import SMALL, decode_small, open_picture, read_bytes
 from vitrail.errors import BrokenPicture
@@ -80,11 +82,6 @@ class Pack:
         return self._pixels[start : start + height * width * self._channels].reshape(height, width, self._channels)
 
 
-def packs_folder() -> Path:
-    """Return where packs lie: `vitrail/packs` in the user's folder for caches (`XDG_CACHE_HOME`, or `~/.cache`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitrail" / "packs"
-
-
 def open_pack(paths: Sequence[Path], channels: int, *, workers: int = 2) -> Pack | None:
     """Return the pack of these pictures, made now if there is none; None where one is of no use or has no place.
 
@@ -96,9 +93,10 @@ def open_pack(paths: Sequence[Path], channels: int, *, workers: int = 2) -> Pack
         channels: 3 for RGB, 1 for grey.
         workers: Decoding threads.
     """
-    if len(paths) < LEAST:
+    caches = cache_folder()
+    if len(paths) < LEAST or caches is None:
         return None
-    path = packs_folder() / f"{_contents(paths, channels)}.pack"
+    path = caches / "packs" / f"{_contents(paths, channels)}.pack"
     with suppress(OSError, ValueError):  # there is none, or it is damaged and will be written anew
         pack = Pack(path, len(paths))
         os.utime(path)  # used: one that is not makes way first
@@ -181,11 +179,11 @@ def _make_way(folder: Path, room: int) -> None:
 
 def _write(path: Path, paths: Sequence[Path], channels: int, room: int, workers: int) -> bool:
     """Write a pack of at most `room` bytes; return whether it fitted and has any picture."""
-    part = path.with_suffix(f".{os.getpid()}.part")
+    handle, part = tempfile.mkstemp(suffix=".part", dir=path.parent)  # no one else's, in whatever container they are
     index = np.full((len(paths), 3), -1, "<i8")
     end = 0
     try:
-        with open(part, "wb") as file:
+        with open(handle, "wb") as file:
             file.seek(index.nbytes)
             for place, picture in enumerate(_decoded(paths, channels, workers)):
                 if picture is None:
@@ -200,10 +198,10 @@ def _write(path: Path, paths: Sequence[Path], channels: int, room: int, workers:
             file.flush()
             os.fsync(file.fileno())
         if end:
-            part.replace(path)
+            Path(part).replace(path)
         return end > 0
     finally:
-        part.unlink(missing_ok=True)
+        Path(part).unlink(missing_ok=True)
 
 
 def _decoded(paths: Sequence[Path], channels: int, workers: int) -> Iterator[Picture | None]:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vitrail.cache import cache_folder
 from vitrail.config.codec import to_json
 from vitrail.config.model import ModelConfig
 
@@ -56,6 +56,8 @@ def remember(key: str, found: Mapping[str, Finding]) -> None:
     known[key] = {"when": time.time(), "engines": {**recall(key), **found}}
     newest = sorted(known.items(), key=lambda item: -item[1]["when"])[:MOST]
     file = cache_file()
+    if file is None:
+        return
     part = file.with_name(f"{file.name}.{os.getpid()}")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -77,20 +79,21 @@ def key_of(config: ModelConfig, shape: tuple[int, ...], device: torch.device, us
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def cache_file() -> Path:
-    """Return where findings are kept: in `XDG_CACHE_HOME` where that is set, else where the system keeps caches."""
-    home = Path.home()
-    usual = {"win32": Path(os.environ.get("LOCALAPPDATA", home)), "darwin": home / "Library" / "Caches"}
-    root = os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform, home / ".cache")
-    return Path(root) / "vitrail" / "engines.json"
+def cache_file() -> Path | None:
+    """Return where findings are kept; None where there is no place."""
+    folder = cache_folder()
+    return folder and folder / "engines.json"
 
 
 def _read() -> dict[str, Any]:
     """Return all findings that are not too old."""
+    file = cache_file()
+    if file is None:
+        return {}
     try:
-        known = json.loads(cache_file().read_bytes())
+        known = json.loads(file.read_bytes())
         return {key: entry for key, entry in known.items() if time.time() - entry["when"] < DAYS * 86400}
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return {}
 
 

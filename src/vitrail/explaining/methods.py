@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from vitrail.errors import UserError, did_you_mean
 from vitrail.models import CoAtNet, CvT, EfficientNet, ImageModel, ViT, ViTMoE, WideResNet
 
+PLACES = {"relevance", "rollout", "attention", "distance"}
+"""Methods that follow tokens through all blocks."""
 SMALLEST_FILTER = 4
 """Pixels along a side; principal components of smaller filters show nothing that a person could read."""
 
@@ -110,6 +112,8 @@ def why_not(name: str, model: ImageModel) -> str | None:
         return f"is for {' and '.join(family.__name__ for family in method.families)}, not for {kind}"
     if method.of_class and model.head is None:
         return f"explains a class, and this {kind} has no classifier"
+    if name in PLACES and isinstance(model, ViT) and model.config.merge_tokens:
+        return f"needs tokens to have places, and this {kind} merges them (load it with merge_tokens=0)"
     if name == "filters":
         height, width = model.state_dict()[model.input_kernel].shape[2:]
         if min(height, width) < SMALLEST_FILTER:

@@ -1,6 +1,5 @@
 """The script that is written beside an exported file: it classifies pictures without Vitrail, and says how to."""
 
-import json
 from pathlib import Path
 from string import Template
 
@@ -80,7 +79,7 @@ def script_for(file: str, *, channels: int, multi_label: bool) -> str:
     suffix = Path(file).suffix
     return _SCRIPT.substitute(
         packages=_PACKAGES[suffix],
-        start=Template(_START[suffix]).substitute(file=json.dumps(file)),
+        start=Template(_START[suffix]).substitute(file=repr(file)),
         answer=_ANSWER[suffix],
         pixels='np.array(picture.convert("L"))[:, :, None]' if channels == 1 else 'np.array(picture.convert("RGB"))',
         shares="1 / (1 + np.exp(-answer))" if multi_label else "np.exp(answer - np.logaddexp.reduce(answer))",

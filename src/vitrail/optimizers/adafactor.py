@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from vitrail.optimizers.base import CountingOptimizer
 from vitrail.optimizers.eight_bits import LEAST, in_blocks, out_of_blocks, pack, unpack
+from vitrail.sharding import as_part, local, part_of, whole
 
 EPS = 1e-30
 """Added to the squared gradient."""
@@ -35,6 +36,8 @@ class Adafactor(CountingOptimizer):
     A group may say `shape`, in which to see its parameters where that is not their own. Of two largest axes that are
     large enough, rows and columns are told apart; along the others, each matrix has moments of its own. So attention
     heads, which the official code keeps on an axis, want one here: [3 heads dh d] for queries, keys and values in one.
+
+    Of weights that are spread over processes, gradients with rows and columns are gathered, one at a time.
 
     Args:
         params: Parameters or groups.
@@ -78,8 +81,9 @@ class Adafactor(CountingOptimizer):
     def _factored(self, group: dict[str, Any], parameter: Tensor, axes: tuple[int, int], decay: float) -> Tensor:
         """Return the gradient over the root of its second moment, which is row times column over their mean."""
         rows, columns = axes
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
+        state = self.state[parameter]
+        assert parameter.grad is not None
+        gradient = whole(parameter.grad)
         seen = gradient.reshape(group["shape"] or gradient.shape)
         square = seen.square().add_(EPS)
         row, column = square.mean(columns, keepdim=True), square.mean(rows, keepdim=True)
@@ -88,15 +92,15 @@ class Adafactor(CountingOptimizer):
         row = state["exp_avg_sq_row"].lerp_(row, 1 - decay)
         column = state["exp_avg_sq_col"].lerp_(column, 1 - decay)
         scale = (row / row.mean(rows, keepdim=True)).rsqrt_()
-        return (seen * scale).mul_(column.rsqrt()).reshape(gradient.shape)
+        return part_of((seen * scale).mul_(column.rsqrt()).reshape(gradient.shape), like=parameter)
 
     def _elementwise(self, parameters: list[Tensor], decay: float) -> list[Tensor]:
         """Return the gradients over the roots of their second moments, for vectors and what else is small."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
             if "exp_avg_sq" not in self.state[parameter]:
                 self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-        moments = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
+        moments = [local(self.state[parameter]["exp_avg_sq"]) for parameter in parameters]
         squares = _foreach_mul(gradients, gradients)
         _foreach_add_(squares, EPS)
         _foreach_lerp_(moments, squares, 1 - decay)
@@ -109,18 +113,19 @@ class Adafactor(CountingOptimizer):
         _foreach_add_(steps, updates, alpha=SHARE)
         for parameter, step in zip(parameters, steps, strict=True):
             self._hold(parameter, step)
-        _foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        _foreach_add_(parameters, steps, alpha=-group["lr"])
+        weights = [local(parameter) for parameter in parameters]
+        _foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        _foreach_add_(weights, steps, alpha=-group["lr"])
 
     def _momentum(self, parameter: Tensor) -> Tensor:
-        """Return the first moment in float32."""
+        """Return the first moment in float32; of a weight that is spread, that of this process's part."""
         state = self.state[parameter]
         if "exp_avg" not in state:
-            return torch.zeros_like(parameter)
+            return torch.zeros_like(local(parameter))
         if "exp_avg_scale" in state:
             moment = unpack(state["exp_avg"], state["exp_avg_scale"], signed=True)
             return out_of_blocks(moment, parameter.shape)
-        return state["exp_avg"].float()
+        return local(state["exp_avg"]).float()
 
     def _hold(self, parameter: Tensor, moment: Tensor) -> None:
         """Keep the first moment until the next update."""
@@ -128,7 +133,7 @@ class Adafactor(CountingOptimizer):
         if self._eight_bits and moment.numel() >= LEAST:
             state["exp_avg"], state["exp_avg_scale"] = pack(in_blocks(moment), signed=True)
         else:
-            state["exp_avg"] = moment.bfloat16()
+            state["exp_avg"] = as_part(moment.bfloat16(), like=parameter)
 
 
 def factored_axes(shape: Sequence[int], least: int) -> tuple[int, int] | None:

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from vitrail.sharding import local, part_of, whole
+
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """Of x, x^3 and x^5: chosen to be steep at 0, they take singular values to about 0.7 to 1.2 instead of to 1."""
 EPS = 1e-7
@@ -41,6 +43,9 @@ class Muon(Optimizer):
     Kernels of convolutions are seen as [out, in x height x width], parameters of three axes as a matrix each along the
     first: experts. A group says `matrices=False` when it is AdamW's, and `parts` when its matrices are several, one
     above the other: 3 for queries, keys and values in one.
+
+    Of weights that are spread over processes, each gathers the momentum, one weight at a time, and keeps its part of
+    the update that all find.
 
     Args:
         groups: Groups of parameters.
@@ -90,7 +95,10 @@ class Muon(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     one = self._momentum(group, parameter)
-                    alike[(*one.wide.shape[1:], one.wide.device)].append(one)
+                    if local(parameter) is not parameter:
+                        _descend(group, [one])
+                    else:
+                        alike[(*one.wide.shape[1:], one.wide.device)].append(one)
             for several in alike.values():
                 _descend(group, several)
         if self._adamw is not None:  # groups and state are this optimizer's: `load_state_dict` puts others in place
@@ -105,7 +113,7 @@ class Muon(Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        ahead = gradient.lerp(momentum, group["momentum"])
+        ahead = whole(gradient.lerp(momentum, group["momentum"]))
         stacked = ahead if ahead.ndim == 3 else ahead.flatten(1).unflatten(0, (group["parts"], -1))
         transposed = stacked.shape[1] > stacked.shape[2]
         return Matrices(parameter, stacked.mT if transposed else stacked, transposed)
@@ -119,8 +127,9 @@ def _descend(group: dict[str, Any], several: list[Matrices]) -> None:
     updates = orthogonalise(batch.bfloat16() if fast else batch, group["ns_steps"])
     rate = group["lr"] * RMS * math.sqrt(batch.shape[2])
     for one, update in zip(several, updates.split([len(one.wide) for one in several]), strict=True):
-        one.parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        one.parameter.add_((update.mT if one.transposed else update).reshape(one.parameter.shape), alpha=-rate)
+        weight, update = local(one.parameter), update.mT if one.transposed else update
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(part_of(update.reshape(one.parameter.shape), like=one.parameter), alpha=-rate)
 
 
 def orthogonalise(matrices: Float[Tensor, "n short long"], steps: int) -> Float[Tensor, "n short long"]:

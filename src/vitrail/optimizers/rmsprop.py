@@ -13,6 +13,8 @@ from torch import Tensor, _foreach_add, _foreach_add_, _foreach_addcmul_, _forea
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from vitrail.sharding import local
+
 DECAY, EPS = 0.9, 1e-3
 """Of the mean square; tensorflow/tpu models/official/efficientnet/utils.py `build_optimizer`."""
 
@@ -48,15 +50,16 @@ class RMSProp(Optimizer):
             if not self.state[parameter]:
                 self.state[parameter]["square_avg"] = torch.ones_like(parameter)
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        weights = [local(parameter) for parameter in parameters]
         if group["weight_decay"]:
-            gradients = _foreach_add(gradients, parameters, alpha=group["weight_decay"])
-        squares = [self.state[parameter]["square_avg"] for parameter in parameters]
-        steps = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            gradients = _foreach_add(gradients, weights, alpha=group["weight_decay"])
+        squares = [local(self.state[parameter]["square_avg"]) for parameter in parameters]
+        steps = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         _foreach_mul_(squares, DECAY)
         _foreach_addcmul_(squares, gradients, gradients, 1 - DECAY)
         scales = _foreach_add(squares, EPS)
         _foreach_rsqrt_(scales)
         _foreach_mul_(steps, group["momentum"])
         _foreach_addcmul_(steps, gradients, scales, group["lr"])
-        _foreach_add_(parameters, steps, alpha=-1.0)
+        _foreach_add_(weights, steps, alpha=-1.0)

@@ -1,14 +1,15 @@
 """Layouts: how a run is spread over GPUs; what each of them holds and sends by formula.
 
-With N GPUs, n of them in a machine, P weights, of which E belong to experts, b bytes of a weight in a matrix product
-(2 in bf16) and 4 of one that is stored, a GPU sends in an update of one micro-batch:
+With N GPUs, n of them in a machine, P weights, of which E belong to experts, b bytes of a block's weight as it is
+gathered (2 in bf16, but 4 where something reads it in fp32) and 4 of any other, a GPU sends in an update of one
+micro-batch:
 
 | layout | sends |
 |---|---|
 | one GPU | nothing |
 | DDP | 2 (N-1)/N 4P: the gradient's mean over all (ring all-reduce) |
 | FSDP | (N-1)/N (2 bP + 4P): weights gathered for either pass, the gradient's mean scattered |
-| hybrid | (n-1)/n (2 bP + 4P) in a machine, 2 (N/n-1)/(N/n) 4P/n between machines |
+| hybrid | (n-1)/n (2 bP + 4P) in a machine, 2 (N/n-1)/(N/n) 4P/n between machines, with the last micro-batch |
 | experts | FSDP's for P - E; in every mixture 4 (e-1)/e b d k tokens: to experts and back, in either pass; and where |
 |  | there are N/e copies of the experts, 2 (N/e-1)/(N/e) 4E/e: their gradient's mean |
 """
@@ -46,7 +47,7 @@ class Workload:
     rest: float
     """Weights outside of blocks; they stay gathered between the passes."""
     wide: int
-    """Bytes of a weight in a matrix product: 2 in half precision, else 4."""
+    """Bytes of a block's weight as it is gathered: 2 in half precision, else 4, as of all outside of blocks."""
     forwards: float
     """Forward passes of the models that learn, in an update."""
     backwards: float
@@ -80,6 +81,13 @@ class Layout:
     shards: int = 1
     spread: int = 1
 
+    @property
+    def flags(self) -> str:
+        """What tells `vitrail train` to spread a run so."""
+        if self.shards == 1 or self.spread > 1:
+            return ""
+        return f"--loop.sharding {'full' if self.shards == self.gpus else 'hybrid'}"
+
     def held(self) -> Groups:
         """Return the part of each kind of memory that a GPU holds; what it gathers is in `added`."""
         shares = np.ones((len(Kind), 2))
@@ -101,8 +109,8 @@ class Layout:
         added, whole = np.zeros(len(Phase)), work.dense + work.experts
         if self.shards > 1:
             unit = work.block + (work.block_experts if self.spread == 1 else 0.0)
-            added[Phase.FORWARD] = work.wide * (work.rest + 3 * unit)
-            added[Phase.BACKWARD] = work.wide * (work.rest + 4 * unit) + 2 * 4 * unit
+            added[Phase.FORWARD] = 4 * work.rest + work.wide * 3 * unit
+            added[Phase.BACKWARD] = 4 * work.rest + work.wide * 4 * unit + 2 * 4 * unit
         elif self.gpus > 1 and work.at_once:
             added[Phase.UPDATE] = 3 * 4 * whole  # the gradient in one piece, its sum, and their mean
         elif self.gpus > 1:
@@ -117,11 +125,14 @@ class Layout:
         if self.shards > 1:
             size = work.dense + (work.experts if self.spread == 1 else 0.0)
             part = (self.shards - 1) / self.shards
-            weights, gradient = gathers * part * work.wide * size, scatters * part * 4 * size
+            weights = gathers * part * (work.wide * (size - work.rest) + 4 * work.rest)
+            gradient = scatters * part * 4 * size
             yield self._ring("weights gathered", weights, gathers * work.blocks, self.shards, hides=1.0)
             yield self._ring("gradient scattered", gradient, scatters * work.blocks, self.shards, hides=1.0)
+            # With the last micro-batch; but SAM needs the mean of every pass.
+            means = scatters if work.backwards > 1 else 1.0
             yield from self._mean(
-                "gradient averaged between machines", 4 * size / self.shards, self.gpus // self.shards
+                "gradient averaged between machines", means * 4 * size / self.shards, self.gpus // self.shards
             )
         elif self.gpus > 1:
             sent = 2 * (self.gpus - 1) / self.gpus * 4 * (work.dense + work.experts)

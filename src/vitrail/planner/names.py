@@ -27,6 +27,10 @@ class Run:
     minutes: float | None
     data: str | None
     """The data set that the number of updates follows from."""
+    accumulation: int
+    """Micro-batches of an update that `vitrail train` makes where it is not told otherwise."""
+    flags: str
+    """What tells `vitrail train` of a batch and picture size that are not the preset's."""
 
 
 def named(name: str, *, batch_size: int | None = None, image_size: int | None = None) -> Run:
@@ -48,9 +52,12 @@ def named(name: str, *, batch_size: int | None = None, image_size: int | None = 
             "them."
         )
     config = PRESETS[name].config if model is None else RunConfig(model=model)
+    accumulation, flags = config.loop.accumulation, list[str]()
     if image_size is not None:
         config = replace(config, model=override(config.model, {"image_size": (image_size, image_size)}))
+        flags.append(f"--model.image-size {image_size} {image_size}")
     if batch_size is not None:
+        flags.append(f"--loop.batch-size {batch_size}")
         config = replace(config, loop=replace(config.loop, batch_size=batch_size, accumulation=1))
     data = None if model is not None else _data_set(name)
     size = model_name(config.model) or type(config.model).__name__.removesuffix("Config")
@@ -62,6 +69,8 @@ def named(name: str, *, batch_size: int | None = None, image_size: int | None = 
         steps=_steps(config, data) if model is None else None,
         minutes=config.minutes,
         data=data,
+        accumulation=accumulation,
+        flags=" ".join(flags),
     )
 
 

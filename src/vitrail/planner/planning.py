@@ -25,6 +25,7 @@ from vitrail.planner.names import Run, named
 from vitrail.planner.recorder import Kind
 from vitrail.planner.rehearsal import answer, rehearse
 from vitrail.planner.speed import Operations, exposed
+from vitrail.training.placing import gathers_in_half
 
 PICTURES = (16, 32)
 """In a micro-batch of the rehearsals: two groups of a mixture's tokens and more."""
@@ -74,6 +75,9 @@ class Choice:
     layout: str
     settings: str
     flags: str
+    """What tells `vitrail train` of all this, beside the preset."""
+    available: bool
+    """Whether it can be told: experts are not spread by it yet."""
     fits: bool
     micro_batch: int
     """Pictures at a time on each GPU; where nothing fits, one."""
@@ -170,7 +174,7 @@ class Planner:
         self._answer = answer(run.config.model, PICTURES[0], precision=self._precision, gpu=gpu)
         self._steps: dict[str, Step] = {}
         self._plain = self._step(Variant(name=PLAIN, flags="", config=run.config))
-        self._work = _workload(run.config, self._model, self._plain.timeline, wide=2 if self._half else 4)
+        self._work = _workload(run.config, self._model, self._plain.timeline, half=self._half)
 
     def on(self, gpu: Gpu) -> "Planner":
         """Return the same for another GPU that computes in the same way: nothing is rehearsed again."""
@@ -196,6 +200,8 @@ class Planner:
         for layout in layouts(self._gpu, gpus, self._run.config.model):
             tried: list[Choice] = []
             for variant in variants(self._run.config, gpus):
+                if layout.shards > 1 and variant.config.optim.moments == "8bit":
+                    continue  # training packs moments of whole weights only
                 if variant.name in (PLAIN, RECOMPUTED) or not any(choice.fits for choice in tried):
                     tried.append(self._choice(layout, self._step(variant), price))
             fitting += (choice for choice in tried if choice.fits)
@@ -242,6 +248,10 @@ class Planner:
         """Return the choice with the largest micro-batch that fits; with single pictures, where none does."""
         share = math.ceil(self._run.config.loop.batch_size / layout.gpus)
         counts = [count for count in range(1, share + 1) if share % count == 0]
+        loop = self._run.config.loop
+        if isinstance(self._run.config.recipe, SamConfig) and loop.accumulation > 1:
+            # Part of the recipe: how many pictures are perturbed together, at most.
+            counts = [max(1, share // (loop.batch_size // loop.accumulation))]
         if step.variant.config.optim.in_backward:
             counts = counts[:1]
         memories = ((count, self._memory(layout, step, share // count, count)) for count in counts)
@@ -275,7 +285,8 @@ class Planner:
         return Choice(
             layout=layout.name,
             settings=step.variant.name,
-            flags=_flags(step.variant, micro_batches),
+            flags=self._flags(layout, step.variant, micro_batches),
+            available=layout.spread == 1,
             fits=fits,
             micro_batch=pictures,
             accumulation=micro_batches,
@@ -287,6 +298,11 @@ class Planner:
             hours=hours,
             cost=None if hours is None else hours * layout.gpus * price,
         )
+
+    def _flags(self, layout: Layout, variant: Variant, micro_batches: int) -> str:
+        usual = micro_batches == self._run.accumulation
+        accumulation = "" if usual else f"--loop.accumulation {micro_batches}"
+        return " ".join(flags for flags in (self._run.flags, layout.flags, accumulation, variant.flags) if flags)
 
 
 def variants(config: RunConfig, gpus: int) -> Iterator[Variant]:
@@ -306,12 +322,7 @@ def variants(config: RunConfig, gpus: int) -> Iterator[Variant]:
         yield Variant(name=name, flags=f"{flags} --optim.in-backward --optim.clip-norm 0", config=early)
 
 
-def _flags(variant: Variant, micro_batches: int) -> str:
-    accumulation = f"--loop.accumulation {micro_batches}" if micro_batches > 1 else ""
-    return f"{accumulation} {variant.flags}".strip()
-
-
-def _workload(config: RunConfig, model: ImageModel, timeline: Timeline, *, wide: int) -> Workload:
+def _workload(config: RunConfig, model: ImageModel, timeline: Timeline, *, half: bool) -> Workload:
     recipe, blocks = config.recipe, model.blocks()
     sizes = [sum(p.numel() for p in block.parameters()) - _experts(block) for block in blocks]
     dense, experts = (float(part) / 4 for part in timeline.gradient)
@@ -321,7 +332,7 @@ def _workload(config: RunConfig, model: ImageModel, timeline: Timeline, *, wide:
         rows, columns = config.model.grid
         tokens = rows * columns + (config.model.pool == "token")
         mixtures = len(config.model.moe_layers)
-        dispatched = float(tokens * config.model.experts_per_token * config.model.width * wide)
+        dispatched = float(tokens * config.model.experts_per_token * config.model.width * (2 if half else 4))
     return Workload(
         dense=dense,
         experts=experts,
@@ -329,7 +340,7 @@ def _workload(config: RunConfig, model: ImageModel, timeline: Timeline, *, wide:
         block=float(max(sizes, default=0)),
         block_experts=float(max(map(_experts, blocks), default=0)),
         rest=max(0.0, dense - sum(sizes)),
-        wide=wide,
+        wide=2 if half and gathers_in_half(config, model) else 4,
         forwards=forwards,
         backwards=backwards,
         at_once=isinstance(recipe, SamConfig | MetaPseudoLabelsConfig),

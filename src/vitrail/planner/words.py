@@ -48,6 +48,15 @@ def table(plan: Plan) -> list[list[str]]:
     return [head, *(_row(plan, choice) for choice in plan.fitting)]
 
 
+def launch(plan: Plan) -> str:
+    """Return what starts Vitrail on all GPUs of a plan, once on each machine."""
+    machines, each = -(-plan.gpus // plan.gpu.per_machine), min(plan.gpus, plan.gpu.per_machine)
+    if plan.gpus == 1:
+        return "vitrail"
+    nodes = f"--nnodes {machines} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " if machines > 1 else ""
+    return f"torchrun {nodes}--nproc-per-node {each} -m vitrail"
+
+
 def reasons(plan: Plan) -> Iterator[str]:
     """Yield why other layouts do not fit."""
     for choice in plan.others:
@@ -85,6 +94,8 @@ def assumptions(plan: Plan) -> Iterator[str]:
             "for the rest) as torch does them: a block at a time, gathered in the precision of products, gradients "
             "exchanged in fp32, with FSDP after every micro-batch."
         )
+    if not all(choice.available for choice in [*plan.fitting, *plan.others]):
+        yield "Experts are spread in plans only: `vitrail train` has DDP, FSDP and hybrid."
     yield "Loading pictures, evaluation and checkpoints take no time; an update starts when the last one ends."
     yield from _of_the_recipe(plan)
 
@@ -118,7 +129,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def _choice(choice: Choice) -> dict[str, Any]:
-    stored = {"layout": choice.layout, "settings": choice.settings, "flags": choice.flags}
+    stored = {name: getattr(choice, name) for name in ("layout", "settings", "flags", "available")}
     stored |= {"micro_batch": choice.micro_batch, "accumulation": choice.accumulation}
     stored |= {"memory": {**choice.memory, "total": choice.total}}
     if not choice.fits:

@@ -16,7 +16,7 @@ from vitrail.data.augment import Augment
 from vitrail.errors import UserError
 from vitrail.models.base import ImageModel
 from vitrail.parallel import Precision
-from vitrail.recipes.base import Learner
+from vitrail.recipes.base import Learner, Place, move
 from vitrail.recipes.distillation import DistillationLearner
 from vitrail.recipes.masked import MaskedLearner
 from vitrail.recipes.meta_pseudo_labels import MetaPseudoLabelsLearner
@@ -35,6 +35,7 @@ def build_learner(
     device: torch.device,
     precision: Precision,
     teacher: ImageModel | None = None,
+    place: Place = move,
 ) -> Learner:
     """Return the learner of a run.
 
@@ -45,6 +46,7 @@ def build_learner(
         device: Where to compute.
         precision: Of the matrix products.
         teacher: The model whose answers are learned from, where the recipe names one.
+        place: Puts models that learn onto the device.
 
     Raises:
         UserError: When settings ask of the recipe what it cannot do.
@@ -56,6 +58,7 @@ def build_learner(
         "class_counts": class_counts,
         "device": device,
         "precision": precision,
+        "place": place,
     }
     match config.recipe:
         case SupervisedConfig():

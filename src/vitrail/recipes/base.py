@@ -6,8 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch import Tensor, _foreach_mul_, nn  # pyright: ignore[reportPrivateImportUsage]
 from torch.optim import Optimizer
 
 from vitrail.config.run import OptimConfig
@@ -15,6 +14,16 @@ from vitrail.data.base import Batch
 from vitrail.models.base import ImageModel
 from vitrail.optim import AveragedWeights, head_steps, learning_rate, let_learn, set_learning_rate
 from vitrail.parallel import mean_statistics
+from vitrail.sharding import local, spread, spread_moments, total_norm
+
+Place = Callable[[ImageModel, nn.Module, torch.device], None]
+"""Puts a model that is to learn onto a device, before its optimizer is built: the model, what is called in training,
+which is the model or holds it, and the device."""
+
+
+def move(model: ImageModel, root: nn.Module, device: torch.device) -> None:
+    """Put a model onto a device as it is: see `training.placing.place` for what else a run may ask for."""
+    root.to(device)
 
 
 class Learner(ABC):
@@ -73,10 +82,13 @@ class Learner(ABC):
 
     def clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Clip the gradient of these parameters to `optim.clip_norm`, where that is on, and return the norm it had."""
-        parameters = list(parameters)
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:  # updates happened in the backward pass
+            return torch.zeros(())
+        parts = [local(gradient) for gradient in gradients]
+        norm = total_norm(parts, like=gradients[0])
         if self.optim.clip_norm:
-            clip_grads_with_norm_(parameters, self.optim.clip_norm, norm)
+            _foreach_mul_(parts, (self.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def let_learn(self, *, head_only: bool) -> None:
@@ -88,7 +100,10 @@ class Learner(ABC):
         let_learn(self.model, head_only=head_only)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything the next step depends on, besides the data and the random generators."""
+        """Return everything the next step depends on, besides the data and the random generators.
+
+        Where weights are spread over processes, so are they and their moments here: `gathered` puts them together.
+        """
         return {
             "models": {name: model.state_dict() for name, model in self.models.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -97,11 +112,11 @@ class Learner(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state."""
+        """Take over a saved state, of whole tensors, however weights are spread here."""
         for name, model in self.models.items():
-            model.load_state_dict(state["models"][name])
+            model.load_state_dict(spread(state["models"][name], like=model.state_dict()))
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            optimizer.load_state_dict(spread_moments(state["optimizers"][name], optimizer))
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.scaler.load_state_dict(state["scaler"])

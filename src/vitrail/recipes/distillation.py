@@ -15,6 +15,7 @@ from vitrail.errors import UserError
 from vitrail.losses import hard_distance, soft_distance
 from vitrail.models.base import ImageModel, WithLoss
 from vitrail.parallel import Precision
+from vitrail.recipes.base import Place, move
 from vitrail.recipes.teacher import TaughtLearner
 
 HARD_SHARE = 0.5
@@ -36,6 +37,7 @@ class DistillationLearner(TaughtLearner):
         device: torch.device,
         precision: Precision,
         teacher: ImageModel | None,
+        place: Place = move,
     ) -> None:
         """Put the teacher beside the model.
 
@@ -48,6 +50,7 @@ class DistillationLearner(TaughtLearner):
             device: Where to compute.
             precision: Of the matrix products, the teacher's too.
             teacher: The model at `recipe.teacher`.
+            place: Puts the model onto the device.
 
         Raises:
             UserError: When there is no teacher, or its classes or channels are not the data's, or pictures may carry
@@ -69,6 +72,7 @@ class DistillationLearner(TaughtLearner):
             device=device,
             precision=precision,
             teacher=teacher,
+            place=place,
         )
         self._distillation = recipe
         self._distance = torch.zeros((), device=device)

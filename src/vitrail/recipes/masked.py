@@ -31,7 +31,7 @@ from vitrail.models.masking import (
 from vitrail.models.vit import ViT
 from vitrail.optim import AveragedWeights, build_optimizer, prepare
 from vitrail.parallel import Precision, accumulating, autocast, replicate
-from vitrail.recipes.base import Learner
+from vitrail.recipes.base import Learner, Place, move
 
 MASKED, REPLACED = 0.8, 0.1
 """Shares of the corrupted patches that give way to [mask] and to another patch; the rest stays (BERT, section 3.1)."""
@@ -81,6 +81,7 @@ class MaskedLearner(Learner):
         augment: Augment,
         device: torch.device,
         precision: Precision,
+        place: Place = move,
     ) -> None:
         """Take the model's head off and put a decoder beside the model.
 
@@ -91,6 +92,7 @@ class MaskedLearner(Learner):
             augment: From stored pixels to pictures.
             device: Where to compute.
             precision: Of the matrix products.
+            place: Puts the model and its decoder onto the device.
 
         Raises:
             UserError: For another model than a plain ViT, for pictures of a single patch, and for `optim.train="head"`.
@@ -100,10 +102,9 @@ class MaskedLearner(Learner):
         prepare(vit, optim)
         if vit.attention_pool is not None:  # behind the tokens that are learned from
             vit.attention_pool.requires_grad_(False)
-        vit.to(device)
         self._masked = MaskedPixels(vit, recipe) if recipe.objective == "pixels" else MaskedColours(vit)
         self._masked.decoder.init_weights()
-        self._masked.decoder.to(device)
+        place(vit, self._masked, device)
         self.models = nn.ModuleDict({"model": vit, "decoder": self._masked.decoder})
         self.optimizers = {"model": _build_optimizer(vit, self._masked.decoder, optim)}
         # Both are averaged: an averaged ViT speaks to a decoder that is averaged alike.

@@ -36,8 +36,16 @@ from vitrail.models import build
 from vitrail.models.base import ImageModel, WithLoss
 from vitrail.models.blocks import recompute_contexts
 from vitrail.optim import AveragedWeights, build_optimizer, learning_rate, prepare, set_learning_rate
-from vitrail.parallel import Precision, autocast, average_over_processes, mean_over_processes, world_size
-from vitrail.recipes.base import Learner
+from vitrail.parallel import (
+    Precision,
+    accumulating,
+    autocast,
+    average_over_processes,
+    mean_over_processes,
+    world_size,
+)
+from vitrail.recipes.base import Learner, Place, move
+from vitrail.sharding import is_sharded
 
 BASELINE_DECAY = 0.99
 """Of the average of h that is taken off h, so that a label is judged by what it does beyond the usual."""
@@ -86,7 +94,8 @@ class MetaPseudoLabelsLearner(Learner):
     BatchNorm is, a micro-batch is normalised by itself, as everywhere.
 
     Processes: losses are means, and the feedback a sum, over the pictures of all; h is one number for all. Gradients
-    are exchanged once per step, on the bare models, and BatchNorm's statistics with them.
+    are exchanged once per step, on the bare models, and BatchNorm's statistics with them; those of weights that are
+    spread over processes (`sharding`) come averaged from the backward passes.
     """
 
     def __init__(
@@ -99,6 +108,7 @@ class MetaPseudoLabelsLearner(Learner):
         device: torch.device,
         precision: Precision,
         teacher: ImageModel | None = None,
+        place: Place = move,
     ) -> None:
         """Put a teacher beside the student.
 
@@ -111,6 +121,7 @@ class MetaPseudoLabelsLearner(Learner):
             precision: Of the matrix products.
             teacher: A model of the same classes, read by the same preprocessing; by default one like the student, with
                 initial weights of its own.
+            place: Puts each of them onto the device.
 
         Raises:
             UserError: When pictures carry several labels, are mixed, or padded at a size of their own, or not all
@@ -118,14 +129,16 @@ class MetaPseudoLabelsLearner(Learner):
         """
         _require_fitting(model, optim, augment)
         if teacher is None:
-            teacher = build(model.config)
+            with next(model.parameters()).device:  # meta, where another process has the initial weights
+                teacher = build(model.config)
             # Filters calculated from the pictures (`fit_input`) are no initial weights: both models have the same.
             teacher.load_state_dict(dict(model.named_buffers()), strict=False)
         self.models = nn.ModuleDict({"model": model, "teacher": teacher})
         self.optimizers = {}
         for name, each in (("model", model), ("teacher", teacher)):
             prepare(each, optim)
-            self.optimizers[name] = build_optimizer(each.to(device), optim)
+            place(each, each, device)
+            self.optimizers[name] = build_optimizer(each, optim)
         self.average = AveragedWeights(model, optim.ema) if optim.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.optim = optim
@@ -252,8 +265,9 @@ class MetaPseudoLabelsLearner(Learner):
         pictures = sum(len(lesson.taught) for lesson in lessons)
         smoothing = self._recipe.label_smoothing if self._recipe.feedback == "released" else 0.0
         loss, agreed = torch.zeros(2, device=self._device)
-        for each, lesson in zip(views, lessons, strict=True):
-            with autocast(self._precision, self._device):
+        for i, (each, lesson) in enumerate(zip(views, lessons, strict=True)):
+            last = i == len(views) - 1
+            with accumulating(self.model, last=last), autocast(self._precision, self._device):
                 answer = self.model(each.strong)
             logits, own = _taken_apart(answer)
             part = classification_loss(logits, lesson.taught, label_smoothing=smoothing).sum() + len(logits) * own
@@ -289,7 +303,8 @@ class MetaPseudoLabelsLearner(Learner):
             loss = (of_labels + lesson.own) / labelled + self._uda_weight * of_views / pictures
             if factor is not None:
                 loss = loss + factor * classification_loss(lesson.strong, lesson.taught).sum()
-            self.scaler.scale(loss).backward()
+            with accumulating(self.teacher, last=lesson is lessons[-1]):
+                self.scaler.scale(loss).backward()
             supervised += of_labels.detach() / labelled
             uda += of_views.detach() / pictures
             sure += lesson.sure.sum()
@@ -341,9 +356,10 @@ class MetaPseudoLabelsLearner(Learner):
         self.optimizers["model"].zero_grad(set_to_none=True)
         pictures = sum(len(batch) for batch in micro_batches)
         loss = torch.zeros((), device=self._device)
-        for batch in micro_batches:
+        for i, batch in enumerate(micro_batches):
             images, targets = self._weak(batch.to(self._device), classes=self._classes)
-            with autocast(self._precision, self._device):
+            last = i == len(micro_batches) - 1
+            with accumulating(self.model, last=last), autocast(self._precision, self._device):
                 answer = self.model(images)
             logits, own = _taken_apart(answer)
             part = (classification_loss(logits, targets).sum() + len(logits) * own) / pictures
@@ -358,6 +374,8 @@ class MetaPseudoLabelsLearner(Learner):
         """Average a model's gradient over processes, in place and in one exchange, and BatchNorm's statistics."""
         model = self.models[name]
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        if is_sharded(model):
+            gradients.clear()
         statistics = [s for where, s in model.named_buffers() if where.endswith(("running_mean", "running_var"))]
         average_over_processes([*gradients, *statistics])
 

@@ -10,7 +10,7 @@ the radius rho (the perturbed pass). The optimizer then steps from w by the seco
     | GSAM    | as SAM, rho linear in learning rate | h - alpha (part of g that is orthogonal to h)       |
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, final
 
@@ -18,18 +18,19 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from vitrail.config.recipes import SamConfig
 from vitrail.config.run import OptimConfig
 from vitrail.data.augment import Augment
 from vitrail.data.base import Batch
 from vitrail.models.base import ImageModel
-from vitrail.parallel import Precision, autocast, average_over_processes
+from vitrail.parallel import Precision, accumulating, autocast, average_over_processes
+from vitrail.recipes.base import Place, move
 from vitrail.recipes.supervised import SupervisedLearner
+from vitrail.sharding import as_part, is_sharded, local, over_parts, total_norm
 
 Gradient = dict[str, Tensor]
-"""By name of the weight, in fp32; weights that the loss does not depend on are left out."""
+"""By name of the weight, in fp32, this process's part of it; weights that the loss does not depend on are left out."""
 
 
 class Part(NamedTuple):
@@ -45,7 +46,8 @@ class SamLearner(SupervisedLearner):
 
     Processes speak to each other once in an update, about the gradient to descend by; each perturbs by its own
     (m-sharpness). Both passes therefore run on the bare model, not on its replica, which would exchange gradients as
-    they come and could not tell GSAM's two apart.
+    they come and could not tell GSAM's two apart. Where they share one set of weights (`sharding`), either gradient is
+    the mean over all, and they perturb together.
     """
 
     def __init__(
@@ -58,9 +60,17 @@ class SamLearner(SupervisedLearner):
         class_counts: np.ndarray,
         device: torch.device,
         precision: Precision,
+        place: Place = move,
     ) -> None:
         super().__init__(
-            model, recipe, optim, augment=augment, class_counts=class_counts, device=device, precision=precision
+            model,
+            recipe,
+            optim,
+            augment=augment,
+            class_counts=class_counts,
+            device=device,
+            precision=precision,
+            place=place,
         )
         self._sam = recipe
         self._rho = recipe.rho
@@ -90,7 +100,7 @@ class SamLearner(SupervisedLearner):
                 gradient[name] = gradient[name].add_(g) if name in gradient else g
         self._synchronise(gradient)
         for name, g in gradient.items():
-            self._weights[name].grad = g
+            self._weights[name].grad = as_part(g, like=self._weights[name])
         self.scaler.unscale_(optimizer)
         norm = self.clip(self.model.parameters())
         self.scaler.step(optimizer)
@@ -114,7 +124,7 @@ class SamLearner(SupervisedLearner):
             loss, clean = self._pass(parts, pictures)
         # Asking makes the host wait for the device, so only fp16 asks, where it happens. The scaler finds what is not
         # finite in the gradient, skips the update in all processes, and lowers its scale.
-        if self.scaler.is_enabled() and not get_total_norm(clean.values()).isfinite():
+        if self.scaler.is_enabled() and not self._norm(clean.values()).isfinite():
             return torch.stack([loss, loss]), clean
         kept = self._ascend(clean)
         if self._sam.variant != "gsam":
@@ -125,7 +135,7 @@ class SamLearner(SupervisedLearner):
         finally:
             self._restore(kept)
         if self._sam.variant == "gsam":
-            _take_orthogonal_part(perturbed, clean, self._sam.alpha)
+            self._take_orthogonal_part(perturbed, clean)
         return torch.stack([loss, worst]), perturbed
 
     def _pass(self, parts: Sequence[Part], pictures: int) -> tuple[Tensor, Gradient]:
@@ -134,23 +144,36 @@ class SamLearner(SupervisedLearner):
         The loss comes without the penalty, as everywhere in the logs; the gradient with it.
         """
         total = torch.zeros((), device=self._device)
-        for images, targets in parts:
-            with autocast(self._precision, self._device):
+        for i, (images, targets) in enumerate(parts):
+            last = i == len(parts) - 1
+            with accumulating(self.model, last=last), autocast(self._precision, self._device):
                 loss = self._loss(self.model(images), targets, len(images)) / pictures
-                penalty = self._penalty() * (len(images) / pictures) if self._sam.l2_penalty else 0.0
                 # Not torch.autograd.grad: it may answer one tensor for several weights, and in another memory format.
-                self.scaler.scale(loss + penalty).backward()
+                self.scaler.scale(loss).backward()
             total += loss.detach()
         gradient: Gradient = {}
         for name, weight in self._weights.items():
             if weight.grad is not None:
-                gradient[name], weight.grad = weight.grad, None
+                gradient[name], weight.grad = local(weight.grad), None
+        if self._sam.l2_penalty:
+            self._add_penalty(gradient, sum(len(part.images) for part in parts) / pictures)
         return total, gradient
 
-    def _penalty(self) -> Tensor:
-        """Return the L2 penalty of all weights that learn (google-research/sam `flax_training.py`)."""
-        squares = [weight.square().sum() for weight in self._weights.values()]
-        return 0.5 * self._sam.l2_penalty * torch.stack(squares).sum()
+    @torch.no_grad()
+    def _add_penalty(self, gradient: Gradient, share: float) -> None:
+        """Add the gradient of a share of the L2 penalty of all weights that learn (google-research/sam).
+
+        Half the squared norm has the weights themselves for a gradient.
+        """
+        factor = self.scaler.scale(torch.full((), share * self._sam.l2_penalty, device=self._device))
+        for name, weight in self._weights.items():
+            if weight.requires_grad:  # others learn later
+                part = local(weight) * factor
+                gradient[name] = gradient[name].add_(part) if name in gradient else part
+
+    def _norm(self, parts: Iterable[Tensor]) -> Tensor:
+        """Return the norm of gradients together, over all processes that hold parts of them."""
+        return total_norm(list(parts), like=next(iter(self._weights.values())))
 
     @torch.no_grad()
     def _ascend(self, gradient: Gradient) -> Gradient:
@@ -161,30 +184,46 @@ class SamLearner(SupervisedLearner):
         """
         # ASAM as in the authors' code: size counts for kernels and scales; biases, tokens, positions move as in SAM.
         asam = self._sam.variant == "asam"
-        size = {name: self._weights[name].abs() + self._sam.eta for name in gradient if asam and "weight" in name}
+        weights = {name: local(self._weights[name]) for name in gradient}
+        size = {name: weights[name].abs() + self._sam.eta for name in gradient if asam and "weight" in name}
         relative = {name: size[name] * g if name in size else g for name, g in gradient.items()}
-        norm = get_total_norm(relative.values())
+        norm = self._norm(relative.values())
         factor = torch.where(norm > 0, self._rho / norm, 0)
         kept: Gradient = {}
         for name, g in relative.items():
-            weight = self._weights[name]
-            kept[name] = weight.clone()
-            weight.addcmul_(size[name] * g if name in size else g, factor)
+            kept[name] = weights[name].clone()
+            weights[name].addcmul_(size[name] * g if name in size else g, factor)
         return kept
 
     @torch.no_grad()
     def _restore(self, kept: Gradient) -> None:
         """Copy the weights back. To subtract what was added would round, and differently in each process."""
         for name, weight in kept.items():
-            self._weights[name].copy_(weight)
+            local(self._weights[name]).copy_(weight)
 
     def _synchronise(self, gradient: Gradient) -> None:
         """Average over processes, in place and in one exchange: the gradient, and the statistics of BatchNorm.
 
-        Statistics as in google-research/sam, which averages them before it evaluates.
+        Statistics as in google-research/sam, which averages them before it evaluates. Weights that are spread have come
+        by the mean in the passes.
         """
         statistics = [s for norm in _tracking(self.model) for s in (norm.running_mean, norm.running_var)]
-        average_over_processes([*gradient.values(), *(s for s in statistics if s is not None)])
+        gradients = [] if is_sharded(self.model) else gradient.values()
+        average_over_processes([*gradients, *(s for s in statistics if s is not None)])
+
+    @torch.no_grad()
+    def _take_orthogonal_part(self, perturbed: Gradient, clean: Gradient) -> None:
+        """Take `alpha` times the part of the clean gradient that is orthogonal to the perturbed one off the latter.
+
+        In place; GSAM's algorithm 1, big_vision `gsam.py` with `minimize_fp`.
+        """
+        square = self._norm(perturbed.values()).square()
+        product = torch.stack([(clean[name] * p).sum() for name, p in perturbed.items() if name in clean]).sum()
+        product = over_parts(product, like=next(iter(self._weights.values())))
+        along = torch.where(square > 0, product / square, 0)
+        for name, p in perturbed.items():
+            if name in clean:
+                p.sub_(self._sam.alpha * (clean[name] - along * p))
 
 
 @contextmanager
@@ -217,17 +256,3 @@ def _statistics_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
-
-
-@torch.no_grad()
-def _take_orthogonal_part(perturbed: Gradient, clean: Gradient, alpha: float) -> None:
-    """Take `alpha` times the part of the clean gradient that is orthogonal to the perturbed one off the latter.
-
-    In place; GSAM's algorithm 1, big_vision `gsam.py` with `minimize_fp`.
-    """
-    square = get_total_norm(perturbed.values()).square()
-    product = torch.stack([(clean[name] * p).sum() for name, p in perturbed.items() if name in clean]).sum()
-    along = torch.where(square > 0, product / square, 0)
-    for name, p in perturbed.items():
-        if name in clean:
-            p.sub_(alpha * (clean[name] - along * p))

@@ -17,7 +17,9 @@ from vitrail.errors import UserError
 from vitrail.losses import SemanticSoftmaxLoss
 from vitrail.models.base import ImageModel, WithLoss
 from vitrail.parallel import Precision
+from vitrail.recipes.base import Place, move
 from vitrail.recipes.teacher import TaughtLearner
+from vitrail.sharding import whole
 
 
 @final
@@ -40,6 +42,7 @@ class SemanticLearner(TaughtLearner):
         device: torch.device,
         precision: Precision,
         teacher: ImageModel | None = None,
+        place: Place = move,
     ) -> None:
         """Read the tree and widen the model's head to it.
 
@@ -52,6 +55,7 @@ class SemanticLearner(TaughtLearner):
             device: Where to compute.
             precision: Of the matrix products.
             teacher: The model at `recipe.teacher`.
+            place: Puts the model onto the device.
 
         Raises:
             UserError: When tree, data, augmentation or teacher do not fit.
@@ -73,6 +77,7 @@ class SemanticLearner(TaughtLearner):
             device=device,
             precision=precision,
             teacher=teacher,
+            place=place,
         )
         self._semantic = SemanticSoftmaxLoss(tree, recipe.label_smoothing, deepest=recipe.deepest).to(device)
         self._right, self._pairs = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
@@ -147,6 +152,6 @@ def _with_rows(head: nn.Linear, rows: int) -> nn.Linear:
     with torch.no_grad():
         for old, new in zip(head.parameters(), other.parameters(), strict=True):
             new.zero_()
-            new[:kept] = old[:kept]
+            new[:kept] = whole(old)[:kept]
             new.requires_grad_(old.requires_grad)
     return other

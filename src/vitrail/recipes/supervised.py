@@ -15,7 +15,7 @@ from vitrail.losses import classification_loss
 from vitrail.models.base import ImageModel, WithLoss
 from vitrail.optim import AveragedWeights, build_optimizer, prepare
 from vitrail.parallel import Precision, accumulating, autocast, replicate
-from vitrail.recipes.base import Learner
+from vitrail.recipes.base import Learner, Place, move
 
 
 class SupervisedLearner(Learner):
@@ -31,9 +31,11 @@ class SupervisedLearner(Learner):
         class_counts: np.ndarray,
         device: torch.device,
         precision: Precision,
+        place: Place = move,
     ) -> None:
         prepare(model, optim)
-        self.models = nn.ModuleDict({"model": model.to(device)})
+        place(model, model, device)
+        self.models = nn.ModuleDict({"model": model})
         self.optimizers = {"model": build_optimizer(model, optim)}
         self.average = AveragedWeights(model, optim.ema) if optim.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

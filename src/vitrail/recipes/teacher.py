@@ -19,6 +19,7 @@ from vitrail.data.view import Box, denormalise, normalise, resample
 from vitrail.errors import UserError
 from vitrail.models.base import ImageModel
 from vitrail.parallel import Precision
+from vitrail.recipes.base import Place, move
 from vitrail.recipes.supervised import SupervisedLearner
 
 
@@ -96,9 +97,17 @@ class TaughtLearner(SupervisedLearner):
         device: torch.device,
         precision: Precision,
         teacher: ImageModel | None,
+        place: Place = move,
     ) -> None:
         super().__init__(
-            model, recipe, optim, augment=augment, class_counts=class_counts, device=device, precision=precision
+            model,
+            recipe,
+            optim,
+            augment=augment,
+            class_counts=class_counts,
+            device=device,
+            precision=precision,
+            place=place,
         )
         self._teacher = None if teacher is None else Teacher(teacher, model, device)
         self._wanted: Tensor

@@ -22,6 +22,7 @@ from vitrail.data.base import Batch
 from vitrail.errors import Interrupted, UserError
 from vitrail.parallel import alone, any_process, gather_objects, mean_over_processes, world_size
 from vitrail.recipes import Learner
+from vitrail.training.placing import spreads
 from vitrail.training.setup import Parts, begin_again, trial
 from vitrail.training.signals import StopRequest
 
@@ -78,6 +79,11 @@ def find_settings(config: RunConfig, parts: Parts, stop: StopRequest) -> Found:
         Interrupted: When a signal asked to stop.
         UserError: When not even the smallest batch fits into memory.
     """
+    if config.find_batch_size and spreads(config):
+        raise UserError(
+            "--find-batch-size tries sizes in each process alone, which with --loop.sharding holds but a part of the "
+            "model: leave one of them out."
+        )
     settled = replace(config, find_lr=False, find_batch_size=False)
     measurements: dict[str, Any] = {}
     if config.find_batch_size:

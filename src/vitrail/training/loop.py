@@ -19,6 +19,7 @@ from vitrail.errors import Interrupted, UserError
 from vitrail.evaluation import ask, predict_logits
 from vitrail.metrics import mean_loss, score
 from vitrail.parallel import any_process, gather_objects, mean_over_processes, rank, world_size
+from vitrail.sharding import gathered, is_sharded, local
 from vitrail.training.callbacks import Callback
 from vitrail.training.folder import RunFolder
 from vitrail.training.setup import Parts, random_state, restore_random_state
@@ -168,6 +169,8 @@ class Loop:
             "batch_size": self.parts.stream.part_size,
             "workers": config.workers,
             "device": self.parts.device,
+            # Weights that are gathered in half precision can answer in no other.
+            "precision": self.parts.precision if is_sharded(learner.model) else "fp32",
             "max_broken": config.max_broken,
             "stop": self._leave_if_asked,
         }
@@ -197,7 +200,7 @@ class Loop:
                 "window": self.window,
                 "window_steps": self.window_steps,
                 "window_end": self.window_end,
-                "learner": self.parts.learner.state_dict(),
+                "learner": gathered(self.parts.learner.state_dict()),
                 "stream": self.parts.stream.state_dict(),
                 "random": states,
             },
@@ -227,13 +230,16 @@ class Loop:
                 self._save_model("best", metrics)
 
     def _save_model(self, name: str, metrics: dict[str, Any]) -> None:
+        model = self.parts.learner.model
+        weights = gathered(model.state_dict())
         if rank() == 0:
             save_model(
-                self.parts.learner.model,
+                model,
                 self.folder.path / name,
                 metrics=metrics,
                 recipe=to_json(self.config),
                 data={"fingerprint": self.parts.fingerprint, "train": len(self.parts.data.train)},
+                weights=weights,
             )
 
     def _diverged(self, what: str) -> UserError:
@@ -260,4 +266,4 @@ class Loop:
 
 def _finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all tensors hold numbers only; the device is asked once."""
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+    return bool(torch.stack([local(tensor).isfinite().all() for tensor in tensors]).all())

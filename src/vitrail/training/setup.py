@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ from vitrail.data.stream import Stream
 from vitrail.data.view import evaluation_view
 from vitrail.errors import BrokenPicture, UserError
 from vitrail.models import ImageModel, build
-from vitrail.models.blocks import compile_blocks, recompute_blocks
 from vitrail.optim import head_steps
-from vitrail.parallel import Precision, any_process, gather_objects, rank, world_size
+from vitrail.parallel import Precision, any_process, gather_objects, local_rank, rank, world_size
 from vitrail.recipes import Learner, build_learner
+from vitrail.sharding import of_first_process
+from vitrail.training.placing import place, spreads
 
 log = logging.getLogger("vitrail")
 
@@ -84,10 +86,10 @@ def open_run_data(config: RunConfig) -> Splits:
 
 
 def pack(config: RunConfig, data: Splits) -> None:
-    """Keep small pictures decoded, if the settings allow it: the first process writes what the others then find."""
+    """Keep small pictures decoded, if the settings allow it: each machine's first process writes what others find."""
     if not config.input.packed:
         return
-    if rank() == 0:
+    if local_rank() == 0:
         data.pack(config.input.workers)
     gather_objects(None)  # wait for the first
     data.pack(config.input.workers)
@@ -167,9 +169,7 @@ def begin_again(config: RunConfig, parts: Parts) -> None:
 def _begin(
     config: RunConfig, data: Splits, device: torch.device, precision: Precision, teacher: ImageModel | None
 ) -> tuple[Learner, Stream]:
-    torch.manual_seed(config.seed)
-    model = build_model(config, data)
-    learner = _learner(config, model, data, device, precision, teacher)
+    learner = _learner(config, _initial(config, data), data, device, precision, teacher)
     # Ranks share the initial weights but draw dropout apart.
     torch.manual_seed(config.seed + rank())
     return learner, open_stream(config, data, learner)
@@ -184,13 +184,23 @@ def _learner(
     teacher: ImageModel | None,
 ) -> Learner:
     """Return a learner whose models compute as the settings of the loop say."""
-    counts = data.train.class_counts()
-    learner = build_learner(config, model, class_counts=counts, device=device, precision=precision, teacher=teacher)
-    for learns in models_of(learner):
-        recompute_blocks(learns, config.loop.activation_checkpointing)
-        if config.loop.compile == "on":
-            compile_blocks(learns)
-    return learner
+    return build_learner(
+        config,
+        model,
+        class_counts=data.train.class_counts(),
+        device=device,
+        precision=precision,
+        teacher=teacher,
+        place=partial(place, config, precision),
+    )
+
+
+def _initial(config: RunConfig, data: Splits) -> ImageModel:
+    """Return the model before its first update. Where weights are to be spread, the first process has them at first."""
+    torch.manual_seed(config.seed)
+    if spreads(config):
+        return of_first_process(lambda: build_model(config, data))
+    return build_model(config, data)
 
 
 def models_of(learner: Learner) -> list[ImageModel]:
@@ -205,7 +215,8 @@ def trial(config: RunConfig, parts: Parts) -> Iterator[tuple[Learner, Stream]]:
     The run itself is not touched: its weights, data position and random generators stay as they were.
     """
     generators = random_state()
-    model = copy.deepcopy(parts.learner.model)
+    # A model that is spread cannot be copied; how long an update takes does not depend on the weights.
+    model = _initial(config, parts.data) if spreads(config) else copy.deepcopy(parts.learner.model)
     learner = _learner(config, model, parts.data, parts.device, parts.precision, parts.teacher)
     stream = open_stream(config, parts.data, learner)
     try:

@@ -26,6 +26,7 @@ from vitrail.models.base import ImageModel
 from vitrail.models.blocks import compile_blocks
 from vitrail.parallel import Precision, alone, autocast, cpu_computes_in_bf16, gather_objects, world_size
 from vitrail.recipes import Learner
+from vitrail.training.placing import spreads
 from vitrail.training.setup import Parts, models_of, seconds_per_step, trial, updates
 
 log = logging.getLogger("vitrail")
@@ -88,11 +89,13 @@ def settle_compiling(config: RunConfig, parts: Parts) -> tuple[RunConfig, dict[s
     """Return the settings with `loop.compile` on or off, and what was measured.
 
     Where it was to be found, the learner's blocks are compiled here; where it was asked for, they are already. All
-    processes must call it; they come to the same result. On CPUs `auto` is off: see `benchmarks/training_step.py`.
+    processes must call it; they come to the same result. On CPUs `auto` is off: see `benchmarks/training_step.py`. So
+    it is where weights are spread over processes, none of which could try a block alone.
     """
     if config.loop.compile != "auto":
         return config, {}
-    found = _tried(config, parts) if parts.device.type == "cuda" else {}
+    tries = parts.device.type == "cuda" and not spreads(config)
+    found = _tried(config, parts) if tries else {}
     pays = found.get("pays", False)
     if pays:
         for model in models_of(parts.learner):
