@@ -385,3 +385,24 @@ def test_predict_says_the_same_by_every_engine(tmp_path: Path, capsys) -> None:
         assert ("engine:" in err) == (engine != "eager")
         said[engine] = [[row["label"] for row in answer["labels"]] for answer in json.loads(out)]
     assert said["eager"] == said["auto"] == said["onnx"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signal stacks of Linux")
+def test_signals_find_a_stack_after_openvino() -> None:
+    """In a process of its own: without a stack the signal would end it."""
+    code = """
+import gc, os, signal, threading
+import torch
+from families import TINY
+from vitrail.engines.start import _openvino
+from vitrail.models import build
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+model = build(TINY["vit"]).eval()
+engines = [_openvino(model, torch.zeros(1, 3, *model.config.image_size))]
+thread = threading.Thread(target=lambda: (engines.clear(), gc.collect()))
+thread.start()
+thread.join()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import http.client
+import importlib
 import importlib.util
 import json
 import os
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import tracemalloc
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -32,7 +34,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pictures import bombs, encode, natural
 from PIL import Image
+from starlette.requests import Request
 from starlette.testclient import TestClient
+from starlette.types import Message
 
 from vitrail import load_model, predict, save_model
 from vitrail.cli import main
@@ -40,12 +44,26 @@ from vitrail.data.decode import decode
 from vitrail.data.view import view_pixels
 from vitrail.errors import BrokenPicture, UserError
 from vitrail.models import build
-from vitrail.serving import PACKAGES, server
+from vitrail.serving import PACKAGES, guard, server, supervisor, worker
 from vitrail.serving.app import State, create_app
 from vitrail.serving.guard import hosts_for
-from vitrail.serving.jobs import Answer, Answers, Compute, Job, JobFailed, ModelFacts, Setup, Unreadable, WorkerLost
+from vitrail.serving.jobs import (
+    Answer,
+    Answers,
+    Compute,
+    Job,
+    JobFailed,
+    JobUnfit,
+    ModelFacts,
+    Setup,
+    Unfit,
+    Unreadable,
+    WorkerLost,
+)
 from vitrail.serving.limits import Limits
-from vitrail.serving.worker import Computer, require_pixels
+from vitrail.serving.reading import Reader
+from vitrail.serving.supervisor import Supervisor
+from vitrail.serving.worker import Computer
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 LABELS = ("apple", "leaf", HOSTILE, "sky", "=cmd|' /C calc'!A0")
@@ -186,20 +204,45 @@ def test_a_worker_answers_as_predict_does_and_refuses_what_cannot_be_read(
 def test_bombs_are_refused_before_they_go_off(kind: str) -> None:
     began = time.perf_counter()
     with pytest.raises(BrokenPicture):
-        require_pixels(bombs()[kind], 25_000_000)
-        decode(bombs()[kind])
+        decode(bombs()[kind], most=25_000_000)
     assert time.perf_counter() - began < 0.5
 
 
 def test_a_tile_larger_than_the_picture_counts() -> None:
     with pytest.raises(BrokenPicture, match="6000 x 6000 pixels are more than the 25,000,000"):
-        require_pixels(bombs()["tiff tile"].replace(struct.pack("<I", 30000), struct.pack("<I", 6000)), 25_000_000)
+        decode(bombs()["tiff tile"].replace(struct.pack("<I", 30000), struct.pack("<I", 6000)), most=25_000_000)
 
 
 def test_a_model_without_a_classifier_is_not_served(models: dict[str, Path], tmp_path: Path) -> None:
     save_model(load_model(models["vit"], num_classes=0), tmp_path / "body")
     with pytest.raises(UserError, match="no classes"):
         Computer(Setup({"body": str(tmp_path / "body")}, "eager", 5000))
+
+
+def test_a_model_that_merges_tokens_says_why_it_cannot_be_explained(
+    models: dict[str, Path], shown: dict[str, Path], tmp_path: Path
+) -> None:
+    save_model(load_model(models["vit"], merge_tokens=2), tmp_path / "merging")
+    computer = Computer(Setup({"merging": str(tmp_path / "merging")}, "eager", 5000))
+    job = Job("explain", "merging", [shown["40.png"].read_bytes()], 1)
+    answer = computer.answer(job, computer.begin(job))
+    assert isinstance(answer, Unfit) and "merge_tokens=0" in answer.reason
+    job = job._replace(kind="predict")
+    assert isinstance(computer.answer(job, computer.begin(job)), list)
+
+
+def test_a_lost_device_ends_the_worker(
+    models: dict[str, Path], shown: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Answers:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    computer = Computer(Setup({"wrn": str(models["wrn"])}, "eager", 5000))
+    monkeypatch.setattr(computer, "_answers", fail)
+    monkeypatch.setattr(worker.os, "_exit", sys.exit)
+    job = Job("predict", "wrn", [shown["40.png"].read_bytes()], 1)
+    with pytest.raises(SystemExit, match="1"):
+        computer.answer(job, computer.begin(job))
 
 
 def test_answers_are_those_of_predict(
@@ -377,7 +420,12 @@ def test_pictures_that_come_while_one_is_computed_go_together() -> None:
 
 @pytest.mark.parametrize(
     ("problem", "status", "says"),
-    [(WorkerLost("it crashed"), 503, "was lost"), (JobFailed("no"), 500, "bug"), (ZeroDivisionError(), 500, "bug")],
+    [
+        (WorkerLost("it crashed"), 503, "was lost"),
+        (JobFailed("no"), 500, "bug"),
+        (ZeroDivisionError(), 500, "bug"),
+        (JobUnfit("relevance needs places"), 422, "Relevance needs places"),
+    ],
 )
 def test_what_goes_wrong_inside_is_said(problem: Exception, status: int, says: str) -> None:
     with client_of(State(Told(lambda job: problem))) as client:
@@ -457,6 +505,15 @@ def test_other_sites_may_not_ask() -> None:
     assert hosts_for("0.0.0.0", []) == ()
 
 
+@pytest.mark.parametrize("address", ["0.0.0.0", "192.0.2.1", "127.0.0.1", "::1"])
+def test_allowed_names_come_beside_those_of_this_machine(address: str) -> None:
+    hosts = hosts_for(address, ["Photos.Example", "clothes.example:8443", "2001:DB8::1"])
+    with client_of(State(Told(), hosts=hosts)) as client:
+        for host in ("127.0.0.1:8000", "localhost", "[::1]:8000", "photos.example", "clothes.example", "[2001:db8::1]"):
+            assert client.get("/health", headers={"host": host}).status_code == 200, host
+        assert client.get("/health", headers={"host": "evil.example"}).status_code == 421
+
+
 def test_every_answer_forbids_scripts_from_elsewhere() -> None:
     with client_of(State(Told())) as client:
         for path in ("/", "/page.js", "/nothing", "/v1/models"):
@@ -518,6 +575,55 @@ def test_an_idle_connection_and_its_next_request_are_not_cut(monkeypatch: pytest
                 time.sleep(0.4)
 
 
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [("POST /v1/models/vit/predict", 401), ("POST /nothing", 401), ("GET /health", 200), ("POST /health", 405)],
+)
+def test_who_goes_on_sending_after_the_answer_is_cut(monkeypatch: pytest.MonkeyPatch, asked: str, status: int) -> None:
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(guard, "PARTING_SECONDS", 0.5)
+    with listening(State(Told(), tokens=["secret"])) as address, socket.create_connection(address, timeout=5) as client:
+        client.sendall(f"{asked} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n".encode())
+        assert client.recv(4096).startswith(f"HTTP/1.1 {status}".encode())
+        began = time.perf_counter()
+        with contextlib.suppress(ConnectionError):
+            while time.perf_counter() - began < 3:
+                client.sendall(b"x")
+                time.sleep(0.05)
+        assert time.perf_counter() - began < 2
+
+
+def test_who_sends_all_before_looking_finds_the_refusal() -> None:
+    with listening(State(Told(), tokens=["secret"])) as address, socket.create_connection(address, timeout=5) as client:
+        client.sendall(f"POST {ASK} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\n".encode())
+        for _ in range(9):
+            time.sleep(0.02)
+            client.sendall(bytes(1_000_000))
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        assert answer.status == 401 and answer.getheader("connection") == "close" and b"token" in answer.read()
+        assert client.recv(1) == b""
+
+
+def test_a_body_is_held_once() -> None:
+    async def held(size: int) -> int:
+        chunks = iter(range(size // 1_000_000 - 1, -1, -1))
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": bytes(1_000_000), "more_body": next(chunks) > 0}
+
+        tracemalloc.start()
+        try:
+            request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+            async with Reader(Limits()).pictures(request) as uploads:
+                assert len(uploads[0].data) == size
+                return tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+
+    assert asyncio.run(held(20_000_000)) < 25_000_000
+
+
 def test_pictures_of_a_client_that_went_away_are_not_computed() -> None:
     told = Told()
     told.go.clear()
@@ -541,6 +647,133 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 # Workers and ends
+
+
+PUPPET = """
+import time
+from vitrail.serving.jobs import Answer, Ready
+
+def work(connection, setup):
+    "Stands for the worker: begins after so many seconds, and takes as many for a job as the job says."
+    time.sleep(setup.pixels / 1000)
+    connection.send(Ready({}, 3))
+    while True:
+        number, job = connection.recv()
+        time.sleep(float(job.model))
+        connection.send((number, [Answer(((job.model, 1.0),))]))
+"""
+
+
+@pytest.fixture
+def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Returns what runs a scenario with a supervisor whose worker is a puppet."""
+    (tmp_path / "puppet.py").write_text(PUPPET)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(supervisor, "_work", importlib.import_module("puppet").work)
+
+    @contextlib.asynccontextmanager
+    async def begun(seconds: float, loading: float) -> AsyncIterator[Supervisor]:
+        found = Supervisor(Setup({}, "eager", round(loading * 1000)), seconds)
+        try:
+            await found.start()
+            yield found
+        finally:
+            await found.stop()
+
+    def run(
+        scenario: Callable[[Supervisor], Coroutine[None, None, None]], *, seconds: float = 20.0, loading: float = 0.0
+    ) -> None:
+        async def whole() -> None:
+            async with asyncio.timeout(30), begun(seconds, loading) as found:
+                await scenario(found)
+
+        asyncio.run(whole())
+
+    yield run
+    sys.modules.pop("puppet", None)
+
+
+def job_of(seconds: float, data: bytes = b"") -> Job:
+    return Job("predict", str(seconds), [data], 1)
+
+
+def process_of(found: Supervisor) -> Any:
+    assert found._worker is not None
+    return found._worker.process
+
+
+def test_a_worker_that_cannot_be_started_for_now_is_started_later(
+    supervised: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get_context = supervisor.multiprocessing.get_context
+    failures = [OSError(11, "Resource temporarily unavailable")] * 2
+
+    def short_of_memory(method: str) -> Any:
+        if failures:
+            raise failures.pop()
+        return get_context(method)
+
+    async def scenario(found: Supervisor) -> None:
+        monkeypatch.setattr(supervisor.multiprocessing, "get_context", short_of_memory)
+        monkeypatch.setattr(supervisor, "PAUSES", (0.0, 0.05))
+        process_of(found).kill()
+        while failures:
+            await asyncio.sleep(0.01)
+        assert len(await found.ask(job_of(0))) == 1
+        assert found.healthy
+
+    supervised(scenario)
+
+
+def test_a_server_that_gets_no_worker_at_all_says_that_it_is_ill(
+    supervised: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(method: str) -> Any:
+        raise OSError(12, "Cannot allocate memory")
+
+    async def scenario(found: Supervisor) -> None:
+        monkeypatch.setattr(supervisor.multiprocessing, "get_context", refuse)
+        monkeypatch.setattr(supervisor, "PAUSES", (0.0, 0.01))
+        process_of(found).kill()
+        while found.healthy:
+            await asyncio.sleep(0.01)
+
+    supervised(scenario)
+
+
+def test_time_runs_from_when_the_worker_begins_a_job(supervised: Callable[..., None]) -> None:
+    async def scenario(found: Supervisor) -> None:
+        answers = await asyncio.gather(*(found.ask(job_of(0.6)) for _ in range(4)))
+        assert len(answers) == 4 and process_of(found).is_alive()
+
+    supervised(scenario, seconds=1.5)
+
+
+def test_a_job_does_not_go_to_a_worker_that_still_loads(supervised: Callable[..., None]) -> None:
+    async def scenario(found: Supervisor) -> None:
+        first = process_of(found)
+        async with found._sending:  # as while another job is being sent
+            asked = asyncio.create_task(found.ask(job_of(0)))
+            await asyncio.sleep(0.05)
+            first.kill()
+            await asyncio.sleep(0.4)  # its loss is known, and where nothing waits for the lock another one loads
+        while found._worker is None or process_of(found) is first:
+            await asyncio.sleep(0.01)
+        loading = process_of(found)
+        assert len(await asked) == 1 and process_of(found) is loading
+
+    supervised(scenario, seconds=0.5, loading=1.0)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="stops a process")
+def test_a_worker_that_takes_nothing_is_replaced(supervised: Callable[..., None]) -> None:
+    async def scenario(found: Supervisor) -> None:
+        os.kill(process_of(found).pid, signal.SIGSTOP)
+        with pytest.raises(WorkerLost, match=r"longer than 0\.5 s"):
+            await found.ask(job_of(0, bytes(10_000_000)))  # more than the pipe holds
+        assert len(await found.ask(job_of(0))) == 1
+
+    supervised(scenario, seconds=0.5)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker by /proc")

@@ -79,20 +79,21 @@ PLUGINS: dict[bytes, type[ImageFile]] = {
 }
 
 
-def decode(data: bytes, channels: int = 3) -> Picture:
+def decode(data: bytes, channels: int = 3, *, most: int = MAX_PIXELS) -> Picture:
     """Return the picture in a file's bytes, upright.
 
     Args:
         data: The whole file.
         channels: 3 for RGB, 1 for grey (ITU-R 601-2 luma of the RGB picture).
+        most: Pixels that it may have.
 
     Raises:
-        BrokenPicture: When it cannot be decoded in full, is not of a known format, has more than `MAX_PIXELS`
-            pixels, or its values have no defined 8-bit form.
+        BrokenPicture: When it cannot be decoded in full, is not of a known format, has more pixels than `most`, or
+            its values have no defined 8-bit form.
     """
     _check_channels(channels)
     with _decoder_errors():
-        picture = open_picture(data)
+        picture = open_picture(data, most)
     return _decoded(picture, channels)
 
 
@@ -263,8 +264,8 @@ def _decoder_errors() -> Iterator[None]:
         raise BrokenPicture(f"the decoder gave up ({type(error).__name__}: {error})") from error
 
 
-def open_picture(data: bytes) -> ImageFile:
-    """Return the picture with its header read and checked, its pixels not yet decoded."""
+def open_picture(data: bytes, most: int = MAX_PIXELS) -> ImageFile:
+    """Return the picture with its header read and checked, its pixels, at most this many, not yet decoded."""
     if not data:
         raise BrokenPicture("the file is empty")
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -279,10 +280,8 @@ def open_picture(data: bytes) -> ImageFile:
     width, height = picture.size
     if isinstance(picture, TiffImageFile):  # a small picture may declare one huge tile
         width, height = max(width, picture.tag_v2.get(TILE_WIDTH, 0)), max(height, picture.tag_v2.get(TILE_LENGTH, 0))
-    if width * height > MAX_PIXELS:
-        raise BrokenPicture(
-            f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are read; make it smaller"
-        )
+    if width * height > most:
+        raise BrokenPicture(f"{width} x {height} pixels are more than the {most:,} that are read; make it smaller")
     return picture
 
 

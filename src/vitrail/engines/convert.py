@@ -1,5 +1,6 @@
 """Models as programs that need no Python: what other engines run, and what files for them hold."""
 
+import ctypes
 import logging
 import sys
 import warnings
@@ -70,6 +71,31 @@ def import_openvino() -> Any:
     """Import OpenVINO without its telemetry, which asks the network at the import and at every conversion."""
     cast(dict[str, Any], sys.modules).setdefault("openvino_telemetry", None)
     return import_module("openvino")
+
+
+class _Stack(ctypes.Structure):
+    """`stack_t` of signal.h."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """Put back, in the end, the stack on which this thread handles signals; around whatever makes an OpenVINO `Core`.
+
+    Each brings the thread a stack of its own and unmaps it when it goes, in whatever thread that is (2026.4): the next
+    signal, as that of Ctrl-C, would find no stack and end the process.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if library is None:
+        yield
+        return
+    before = _Stack()
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        library.sigaltstack(ctypes.byref(before), None)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrail.engines.convert import import_openvino, to_onnx, to_openvino, to_program
+from vitrail.engines.convert import import_openvino, signal_stack_kept, to_onnx, to_openvino, to_program
 
 Engine = Callable[[Tensor], Tensor]
 """Normalised views [b c h w] -> logits [b classes]; any number of views, from any thread."""
@@ -108,7 +108,9 @@ def _openvino(model: nn.Module, views: Tensor) -> Engine:
         "ENABLE_HYPER_THREADING": True,  # torch counts logical processors too
         "ENABLE_CPU_PINNING": False,  # pictures are decoded on the same cores
     }
-    compiled = import_openvino().Core().compile_model(to_openvino(to_program(model, views)), "CPU", options)
+    converted = to_openvino(to_program(model, views))
+    with signal_stack_kept():
+        compiled = import_openvino().Core().compile_model(converted, "CPU", options)
     request, lock = compiled.create_infer_request(), Lock()
 
     def answer(views: Tensor) -> Tensor:

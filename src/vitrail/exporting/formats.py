@@ -15,7 +15,7 @@ from vitrail.checkpoints.card import model_card
 from vitrail.config.codec import to_json
 from vitrail.data.base import Picture
 from vitrail.engines import missing_packages
-from vitrail.engines.convert import import_openvino, to_onnx, to_openvino
+from vitrail.engines.convert import import_openvino, signal_stack_kept, to_onnx, to_openvino
 from vitrail.errors import UserError
 from vitrail.exporting.int8 import to_int8
 from vitrail.models import ImageModel
@@ -129,7 +129,8 @@ def write_int8(program: ExportedProgram, path: Path, texts: Mapping[str, str], p
         to_int8(single, rounded, pictures)
         if path.suffix == ".xml":
             # Not `convert_model`, which rewrites the graph and loses on the way where numbers are to be rounded.
-            _save_openvino(import_openvino().Core().read_model(rounded), path, texts)
+            with signal_stack_kept():
+                _save_openvino(import_openvino().Core().read_model(rounded), path, texts)
             return
         import onnx
 

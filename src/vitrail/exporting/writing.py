@@ -17,7 +17,7 @@ from vitrail.benchmark.timing import Work, take_turns
 from vitrail.checkpoints.storage import replace_file
 from vitrail.data import EMBEDDED, Picture
 from vitrail.engines.choice import GAIN
-from vitrail.engines.convert import OPSET, to_program
+from vitrail.engines.convert import OPSET, signal_stack_kept, to_program
 from vitrail.errors import UserError
 from vitrail.exporting.classifier import Classifier
 from vitrail.exporting.formats import COMPUTED, Format, Precision, format_of, texts_of, write_int8, write_program
@@ -175,7 +175,8 @@ def _write(model: ImageModel, path: Path, precision: Precision, calibration: lis
 
 def _run_script(file: Path) -> Mapping[str, Any]:
     """Return what the script beside a file defines: `pixels` and `logits`."""
-    return runpy.run_path(str(file.with_name(script_name(file.name))))
+    with signal_stack_kept():
+        return runpy.run_path(str(file.with_name(script_name(file.name))))
 
 
 def _speedup(rounded: Answer, single: Answer, picture: Picture) -> float:

@@ -17,7 +17,17 @@ from starlette.routing import Route
 
 from vitrail.serving.batching import Batcher
 from vitrail.serving.guard import HEADERS, Guard, problem
-from vitrail.serving.jobs import Answer, Answers, Compute, JobFailed, Kind, ModelFacts, Unreadable, WorkerLost
+from vitrail.serving.jobs import (
+    Answer,
+    Answers,
+    Compute,
+    JobFailed,
+    JobUnfit,
+    Kind,
+    ModelFacts,
+    Unreadable,
+    WorkerLost,
+)
 from vitrail.serving.limits import Limits, Refusal
 from vitrail.serving.metrics import Metrics
 from vitrail.serving.openapi import document
@@ -147,6 +157,8 @@ class _Routes:
         pictures = [upload.data for upload in uploads]
         try:
             return facts, await _unless_gone(request, self.batcher.ask(kind, facts.name, pictures, top))
+        except JobUnfit as reason:
+            raise Refusal(422, str(reason)) from reason
         except WorkerLost as loss:
             raise Refusal(
                 503,
@@ -215,7 +227,7 @@ async def _refused(request: Request, refusal: Exception) -> Response:
 
 async def _not_served(request: Request, mistake: Exception) -> Response:
     assert isinstance(mistake, HTTPException)
-    answer = problem(mistake.status_code, f"{mistake.detail}; /openapi.json tells what there is.")
+    answer = problem(mistake.status_code, f"{mistake.detail}; /openapi.json tells what there is.", unread=True)
     answer.headers.update(mistake.headers or {})
     return answer
 

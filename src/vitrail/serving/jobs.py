@@ -61,6 +61,12 @@ class Failed(NamedTuple):
     reason: str
 
 
+class Unfit(NamedTuple):
+    """A job that cannot be done with this model, and why."""
+
+    reason: str
+
+
 class Job(NamedTuple):
     """Pictures for one model."""
 
@@ -113,6 +119,7 @@ class Compute(ABC):
         Raises:
             WorkerLost: When whoever had the job is gone.
             JobFailed: When it could not be done.
+            JobUnfit: When it cannot be done with this model.
         """
 
 
@@ -122,3 +129,7 @@ class WorkerLost(Exception):
 
 class JobFailed(Exception):
     """The worker could not do a job, and goes on."""
+
+
+class JobUnfit(Exception):
+    """The job cannot be done with this model; the words say why."""

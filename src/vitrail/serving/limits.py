@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 
 HEAD_SECONDS = 10.0
-"""In which the head of a request must arrive."""
+"""In which the head of a request must arrive; and after an answer, what is left of the body that it did not need."""
 HELD_BYTES = 256_000_000
-"""Bodies of all requests together that are held in memory."""
+"""Bodies of all requests together that are held in memory, each counted once, from its first byte to its answer.
+
+Beside this there is a second copy of a body for the moment in which it is put together, or a form is taken apart; and
+of each job that the worker has, what lies in the pipe and the worker's own copy.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ PROBLEMS = {
     408: "The body did not arrive in time.",
     413: "The body is larger than allowed.",
     415: "Pictures do not come in a body of this type.",
-    422: "No picture of the request can be read: broken, too many pixels, or of another format.",
+    422: "No picture of the request can be read: broken, too many pixels, or of another format; "
+    "or the model cannot be explained.",
     500: "A bug of the server's.",
     503: "Overloaded, stopping, or the process that computes was lost; ask again after `Retry-After` seconds.",
 }

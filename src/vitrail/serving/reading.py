@@ -44,12 +44,15 @@ class Reader:
         Raises:
             Refusal: When it breaks a limit, is of another type, or holds no picture.
         """
-        body = bytearray()
+        body, counted = bytearray(), 0
         try:
-            await self._read(request, body)
-            yield await self._uploads(request, bytes(body))
+            try:
+                await self._read(request, body)
+            finally:
+                counted = len(body)
+            yield await self._uploads(request, body)
         finally:
-            self._held -= len(body)
+            self._held -= counted
 
     async def _read(self, request: Request, body: bytearray) -> None:
         most = self._limits.body_bytes
@@ -79,8 +82,10 @@ class Reader:
         if arrived > most:
             raise too_large
 
-    async def _uploads(self, request: Request, body: bytes) -> list[Upload]:
-        kind = _kind_of(request)
+    async def _uploads(self, request: Request, arrived: bytearray) -> list[Upload]:
+        """Take a body apart; what arrived is let go, so that no second copy waits for the answer."""
+        kind, body = _kind_of(request), bytes(arrived)
+        arrived.clear()
         if not body:
             raise Refusal(400, "the request has no body; send a picture in it.")
         if kind != FORM:

@@ -139,7 +139,7 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1 with a deadline for the head of a request; uvicorn has none."""
+    """HTTP/1.1 with deadlines for the head of a request, and for a body that nobody waits for; uvicorn has none."""
 
     _deadline: asyncio.TimerHandle | None = None
 
@@ -151,15 +151,24 @@ class _Protocol(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._unwanted():
+            self._watch()
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._forget()
 
     def _watch(self) -> None:
-        if self.conn.their_state is not h11.IDLE:  # the head is here, or nothing more will be read
-            self._forget()
+        if self.conn.their_state is not h11.IDLE and not self._unwanted():
+            self._forget()  # the head is here, or nothing more will be read
         elif self._deadline is None:
             self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _unwanted(self) -> bool:
+        """Whether the client still sends the body of a request that has been answered; uvicorn waits for its end."""
+        return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
 
     def _forget(self) -> None:
         if self._deadline is not None:

@@ -12,13 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from vitrail.checkpoints import load_model
 from vitrail.data import read_parts
 from vitrail.data.base import Resized
-from vitrail.data.decode import TILE_LENGTH, TILE_WIDTH, decode, open_picture
+from vitrail.data.decode import decode
 from vitrail.data.view import evaluation_view, view_pixels
 from vitrail.engines import PACKAGES, EngineName
 from vitrail.engines.choice import ready_engine
@@ -31,7 +30,7 @@ from vitrail.models import ImageModel
 from vitrail.parallel import pick_device
 from vitrail.prediction import top_classes
 from vitrail.report.figures import heat, png_uri
-from vitrail.serving.jobs import Answer, Answers, Failed, Job, ModelFacts, Ready, Setup, Unreadable
+from vitrail.serving.jobs import Answer, Answers, Failed, Job, ModelFacts, Ready, Setup, Unfit, Unreadable
 
 log = logging.getLogger("vitrail")
 
@@ -106,12 +105,17 @@ class Computer:
         """Have the pictures of a job decoded."""
         return [self._pool.submit(self._view, job, data) for data in job.pictures]
 
-    def answer(self, job: Job, begun: list[Future[Viewed | BrokenPicture]]) -> Answers | Failed:
-        """Do a job that was begun."""
+    def answer(self, job: Job, begun: list[Future[Viewed | BrokenPicture]]) -> Answers | Failed | Unfit:
+        """Do a job that was begun. Where the device itself has failed, the process ends."""
         try:
             viewed = [each.result() for each in begun]
             readable = [view for view in viewed if not isinstance(view, BrokenPicture)]
             found = iter(self._answers(job, readable) if readable else [])
+        except UserError as reason:
+            return Unfit(str(reason))
+        except torch.AcceleratorError:  # a CUDA context that has failed once fails at every later call
+            log.exception("the device failed; the worker ends, so that another one takes its place")
+            os._exit(1)
         except Exception as problem:  # whatever it is, the next job may do
             log.exception("%d pictures for %s could not be computed", len(begun), job.model)
             return Failed(f"{type(problem).__name__} while computing")
@@ -120,8 +124,7 @@ class Computer:
     def _view(self, job: Job, data: bytes) -> Viewed | BrokenPicture:
         preprocessing = self._models[job.model].preprocessing
         try:
-            require_pixels(data, self._pixels)
-            picture = decode(data, preprocessing.channels)
+            picture = decode(data, preprocessing.channels, most=self._pixels)
         except BrokenPicture as problem:
             return problem
         seen = view_pixels(picture, preprocessing) if job.kind == "explain" else None
@@ -139,21 +142,6 @@ class Computer:
             else:
                 answers.append(Unreadable("the model's answer to it is not a number"))
         return answers
-
-
-def require_pixels(data: bytes, most: int) -> None:
-    """Raise BrokenPicture when a picture's header declares more pixels than `most`."""
-    try:
-        picture = open_picture(data)
-    except BrokenPicture:
-        raise
-    except Exception:  # `decode` finds words for it
-        return
-    width, height = picture.size
-    if isinstance(picture, TiffImageFile):  # a small picture may declare one huge tile
-        width, height = max(width, picture.tag_v2.get(TILE_WIDTH, 0)), max(height, picture.tag_v2.get(TILE_LENGTH, 0))
-    if width * height > most:
-        raise BrokenPicture(f"{width} x {height} pixels are more than the {most:,} that are taken; make it smaller")
 
 
 def _facts(name: str, model: ImageModel, device: torch.device) -> ModelFacts:
@@ -181,8 +169,12 @@ def _engine(model: ImageModel, name: EngineName, facts: ModelFacts) -> Engine:
 
 
 def _look(model: ImageModel, view: Float[Tensor, "c rows columns"], seen: Resized, number: int) -> dict[str, str]:
-    """Return what the model saw of a picture, and where it looked for a class."""
-    method = next(name for name in choose_methods(model) if name in LOOKS)
+    """Return what the model saw of a picture, and where it looked for a class.
+
+    Raises:
+        UserError: When the family can be looked at, but not this model, with the reason.
+    """
+    (method,) = choose_methods(model, [name for name in LOOKS if isinstance(model, METHODS[name].families)])
     found = LOOKS[method](model, view[None], torch.tensor([number], device=view.device))[0].cpu().numpy()
     return {
         "explained": model.labels[number] if model.labels else str(number),
