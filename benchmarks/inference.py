@@ -8,7 +8,6 @@ what is compiled or converted is made before. Parts can be measured one by one: 
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import describe as machine
-from machine import write_result
+from machine import read_parts, write_parts, write_result
 from PIL import Image
 from torch import Tensor, nn
 
@@ -43,7 +42,6 @@ from vitrail.evaluation import ask
 from vitrail.models import ImageModel, build
 from vitrail.zoo import describe
 
-RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 NOISE, PIPELINE, LATENCY = 0.03, 0.9, 0.05
 """Shares: within which "not slower" is reached; of the bare engine's rate; by which one picture may take longer."""
@@ -301,8 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     if unknown := set(asked.parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    file = RESULTS / "inference.json"
-    known: dict[str, Row] = json.loads(file.read_text()) if file.exists() and not asked.tiny else {}
+    known: dict[str, Row] = read_parts("inference", tiny=asked.tiny)
     for part in (
         ("vit-s16/1", "predict/arrays/eager", "predict/small/eager", "auto/vit-s16") if asked.tiny else asked.parts
     ):
@@ -310,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(page({part: known[part]}), flush=True)
         if not asked.tiny:
             known = {key: known[key] for key in PARTS if key in known}
-            file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            write_parts("inference", known)
             write_result("inference", ".venv-peers/bin/python benchmarks/inference.py", page(known))
     return 0
 

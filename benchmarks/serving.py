@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import describe as machine
-from machine import write_result
+from machine import read_parts, write_parts, write_result
 from PIL import Image
 from torch import nn
 
@@ -43,7 +43,6 @@ from vitrail.config.vit import ViTConfig
 from vitrail.config.wide_resnet import WideResNetConfig
 from vitrail.models import build
 
-RESULTS = Path(__file__).parent / "results"
 PARTS = ("mixed", "drain", "throughput")
 SHARE = 0.9
 """Of `predict`'s rate that the server is to reach."""
@@ -368,8 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     if unknown := set(asked.parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    file = RESULTS / "serving.json"
-    known: dict[str, Row] = json.loads(file.read_text()) if file.exists() and not asked.tiny else {}
+    known: dict[str, Row] = read_parts("serving", tiny=asked.tiny)
     measure = {"mixed": mixed, "drain": drain, "throughput": throughput}
     for part in asked.parts:
         with tempfile.TemporaryDirectory() as root:
@@ -377,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(page({part: known[part]}), flush=True)
         if not asked.tiny:
             known = {key: known[key] for key in PARTS if key in known}
-            file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            write_parts("serving", known)
             write_result("serving", "benchmarks/serving.py", page(known))
     return 0
 

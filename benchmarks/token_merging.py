@@ -9,7 +9,6 @@ from which the page is written: accuracy and speed can be measured one by one.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import write_result
+from machine import read_parts, write_parts, write_result
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,7 +29,6 @@ from vitrail.engines.start import Engine, eager, start
 from vitrail.evaluation import evaluate
 from vitrail.models import ImageModel, build
 
-RESULTS = Path(__file__).parent / "results"
 PARTS = ("accuracy", "speed")
 MERGED = {"vitrail-mini": (0, 2, 4, 6, 8, 10), "vit-s16": (0, 4, 8, 13, 16)}
 """Tokens that every block merges: 13 is what the paper takes for ViT-B and ViT-S at 224."""
@@ -149,15 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     if "accuracy" in given.parts and given.cifar100 is None:
         parser.error("accuracy needs --cifar100 BINARY")
-    file = RESULTS / "token-merging.json"
-    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() and not given.tiny else {}
+    known = read_parts("token-merging", tiny=given.tiny)
     if "accuracy" in given.parts:
         known["accuracy"] = accuracy(given.cifar100, tiny=given.tiny)
     if "speed" in given.parts:
         known |= {f"speed/{name}": speed(name, 2 if given.tiny else given.turns, tiny=given.tiny) for name in MERGED}
     print(page(known))
     if not given.tiny:
-        file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        write_parts("token-merging", known)
         write_result("token-merging", "python benchmarks/token_merging.py --cifar100 CIFAR-100-BINARY", page(known))
     return 0
 

@@ -9,7 +9,6 @@ are compiled, ours block by block; the first update compiles and is not counted.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import describe as machine
-from machine import write_result
+from machine import read_parts, write_parts, write_result
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -52,7 +51,6 @@ from vitrail.zoo import describe
 PARTS = ("loop", "fp32", "bf16", "compiled")
 """The loop's own cost; all contestants by precision; those that are compiled, which takes minutes."""
 MODELS = ("vit-s16", "efficientnet-b0", "coatnet-0")
-RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOISE, OVERHEAD = 0.03, 0.02
@@ -242,8 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))  # the peers' tests take one
     if asked.tiny:
         asked.models, asked.parts, asked.turns, asked.batch = ["efficientnet-b0"], PARTS[:3], 2, 2
-    file = RESULTS / "training-step.json"
-    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() and not asked.tiny else {}
+    known = read_parts("training-step", tiny=asked.tiny)
     for name in asked.models:
         for part in asked.parts:
             with memory_kept(CPU):  # as our loop computes; the peers gain as much by it
@@ -252,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if asked.tiny:
                 continue
             known = {key: known[key] for key in MODELS if key in known}
-            file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            write_parts("training-step", known)
             write_result("training-step", ".venv-peers/bin/python benchmarks/training_step.py", page(known))
         print(page({name: known[name]}), flush=True)
     return 0

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from families import TINY
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
-from updates import CPU, RECIPES
+from updates import CPU, RECIPES, micro_batches
 
 from vitrail.config.distillation import DistillationConfig
 from vitrail.config.efficientnet import EfficientNetConfig
@@ -65,15 +65,7 @@ def learner_of(run: RunConfig, precision: Precision = "fp32") -> Learner:
 
 def batches_of(config: ModelConfig, step: int) -> list[Batch]:
     """Return the micro-batches of an update, over all processes."""
-    generator = torch.Generator().manual_seed(step)
-
-    def draw() -> Batch:
-        shape = (SIZE, config.channels, *config.image_size)
-        images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        keys = torch.randint(0, 2**62, (SIZE,), generator=generator)
-        return Batch(images, torch.arange(SIZE) % config.num_classes, keys, cropped=True)
-
-    return [replace(draw(), unlabelled=draw()) for _ in range(MICRO_BATCHES)]
+    return micro_batches(config, MICRO_BATCHES, SIZE, seed=step)
 
 
 def part_of(batch: Batch, number: int, parts: int) -> Batch:

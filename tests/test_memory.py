@@ -12,11 +12,11 @@ import torch
 from families import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored_optimizers import check_goes_on, descend
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitrail.checkpoints import load_model
-from vitrail.checkpoints.resume import load_latest, save_state
 from vitrail.config.recipes import SamConfig
 from vitrail.config.run import OptimConfig, RunConfig
 from vitrail.errors import UserError
@@ -99,13 +99,6 @@ def adafactor(weights: dict[str, nn.Parameter]) -> Adafactor:
     return Adafactor(weights.values(), 0.01, weight_decay=0.1, eight_bits=True)
 
 
-def descend(optimizer: torch.optim.Optimizer, weights: dict[str, nn.Parameter], steps: range) -> None:
-    for step in steps:
-        for i, weight in enumerate(weights.values()):
-            weight.grad = torch.empty_like(weight).copy_(randn(*weight.shape, seed=100 * step + i))
-        optimizer.step()
-
-
 def test_the_first_update_is_that_of_adamw() -> None:
     """Nothing has been rounded yet."""
     weights, others = weights_of_all_kinds(), weights_of_all_kinds()
@@ -138,23 +131,7 @@ def test_moments_take_a_byte_per_weight_each(make: Callable[..., torch.optim.Opt
 
 @pytest.mark.parametrize("make", [adamw, adafactor])
 def test_moments_in_8_bits_go_on_bit_for_bit(make: Callable[..., torch.optim.Optimizer], tmp_path: Path) -> None:
-    weights, others = weights_of_all_kinds(), weights_of_all_kinds()
-    optimizer = make(weights)
-    descend(optimizer, weights, range(3))
-    save_state(tmp_path, {"step": 3, "optimizer": optimizer.state_dict()}, keep=1)
-    loaded = load_latest(tmp_path)
-    assert loaded is not None
-    resumed = make(others)
-    resumed.load_state_dict(loaded[0]["optimizer"])
-    for name, weight in weights.items():
-        others[name].data.copy_(weight.data)
-    for state, other in zip(optimizer.state.values(), resumed.state.values(), strict=True):
-        assert {name: tensor.dtype for name, tensor in state.items()} == {n: t.dtype for n, t in other.items()}
-        assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
-    descend(optimizer, weights, range(3, 6))
-    descend(resumed, others, range(3, 6))
-    for name, weight in weights.items():
-        assert torch.equal(weight, others[name]), name
+    check_goes_on(make, weights_of_all_kinds, tmp_path)
 
 
 def test_a_large_gradient_in_a_block_does_not_let_its_neighbours_run_away() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stored_optimizers import check_goes_on, descend
 from torch import nn
 
-from vitrail.checkpoints.resume import load_latest, save_state
 from vitrail.config.run import OptimConfig
 from vitrail.optim import learning_rate
 from vitrail.optimizers import Adafactor, Muon
@@ -127,32 +127,9 @@ def muon(weights: dict[str, nn.Parameter]) -> Muon:
     return Muon(groups, 0.01, weight_decay=0.1, ns_steps=4, fused=True)
 
 
-def descend(optimizer: torch.optim.Optimizer, weights: dict[str, nn.Parameter], steps: range) -> None:
-    for step in steps:
-        for i, weight in enumerate(weights.values()):
-            gradient = torch.tensor(randn(*weight.shape, seed=100 * step + i))
-            weight.grad = torch.empty_like(weight).copy_(gradient)
-        optimizer.step()
-
-
 @pytest.mark.parametrize("make", [adafactor, muon])
 def test_a_stored_optimizer_goes_on_bit_for_bit(make: Callable[..., torch.optim.Optimizer], tmp_path: Path) -> None:
-    weights, others = weights_of_all_kinds(), weights_of_all_kinds()
-    optimizer = make(weights)
-    descend(optimizer, weights, range(3))
-    save_state(tmp_path, {"step": 3, "optimizer": optimizer.state_dict()}, keep=1)
-    loaded = load_latest(tmp_path)
-    assert loaded is not None
-    resumed = make(others)
-    resumed.load_state_dict(loaded[0]["optimizer"])
-    for name, weight in weights.items():
-        others[name].data.copy_(weight.data)
-    descend(optimizer, weights, range(3, 6))
-    descend(resumed, others, range(3, 6))
-    for name, weight in weights.items():
-        assert torch.equal(weight, others[name]), name
-    for state, other in zip(optimizer.state.values(), resumed.state.values(), strict=True):
-        assert {name: tensor.dtype for name, tensor in state.items()} == {n: t.dtype for n, t in other.items()}
+    check_goes_on(make, weights_of_all_kinds, tmp_path)
 
 
 @pytest.mark.parametrize("make", [adafactor, muon])

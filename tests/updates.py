@@ -61,8 +61,8 @@ def learner_of(recipe: RecipeConfig, config: ModelConfig = TINY["vit"], optim: O
     return learner
 
 
-def micro_batches(config: ModelConfig = TINY["vit"], count: int = 2, size: int = 4) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
+def micro_batches(config: ModelConfig = TINY["vit"], count: int = 2, size: int = 4, seed: int = 1) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
 
     def draw() -> Batch:
         shape = (size, config.channels, *config.image_size)

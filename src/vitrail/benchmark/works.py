@@ -21,6 +21,7 @@ from vitrail.data.base import Batch
 from vitrail.data.folders import FileSource
 from vitrail.data.stream import Stream
 from vitrail.models import ImageModel, build
+from vitrail.models.blocks import compile_blocks
 from vitrail.parallel import Precision, autocast
 from vitrail.recipes import build_learner
 
@@ -126,12 +127,6 @@ def loading(config: ModelConfig, batch_size: int, folder: Path, workers: int) ->
         return batch_size
 
     return work, stream.close
-
-
-def compile_blocks(model: ImageModel) -> None:
-    """Compile a model block by block, in place: like blocks are compiled once."""
-    for block in model.blocks():
-        block.compile()
 
 
 def _batch(config: ModelConfig, batch_size: int) -> Batch:

@@ -96,7 +96,7 @@ class Explanation:
 
     def label(self, number: int) -> str:
         """Return the name of a class."""
-        return self.model.labels[number] if self.model.labels else str(number)
+        return self.model.class_names[number]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return everything as arrays: see `ARRAYS`."""

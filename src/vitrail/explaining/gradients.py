@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import UserError
 from vitrail.explaining.attention import as_vit, on_grid, token_shares
+from vitrail.explaining.methods import require_head
 from vitrail.models import CoAtNet, CvT, EfficientNet, ImageModel, WideResNet
 from vitrail.models.coatnet import MBConv
 from vitrail.models.cvt import Stage
@@ -106,8 +107,7 @@ def class_score(model: ImageModel, images: Float[Tensor, "b c h w"], labels: Int
     Raises:
         UserError: When the model has no head.
     """
-    if model.head is None:
-        raise UserError(f"this {type(model).__name__} has no classifier, so no class can be explained.")
+    require_head(model)
     with torch.enable_grad():
         logits = model(images.detach().requires_grad_())
         return logits.gather(1, labels[:, None]).sum()

@@ -105,6 +105,12 @@ def choose_methods(model: ImageModel, names: Sequence[str] = ()) -> tuple[str, .
     return tuple(name for name in METHODS if name in names)
 
 
+def require_head(model: ImageModel) -> None:
+    """Raise UserError for a model that knows no classes."""
+    if model.head is None:
+        raise UserError(f"this {type(model).__name__} has no classifier, so no class can be explained.")
+
+
 def why_not(name: str, model: ImageModel) -> str | None:
     """Return why a method cannot show anything of a model, or None when it can."""
     method, kind = METHODS[name], type(model).__name__

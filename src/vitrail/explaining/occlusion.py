@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrail.errors import UserError
+from vitrail.explaining.methods import require_head
 from vitrail.models import ImageModel
 
 MOST_CELLS, SMALLEST_CELL = 14, 4
@@ -42,8 +42,7 @@ def occlusion(
     Raises:
         UserError: When the model has no head.
     """
-    if model.head is None:
-        raise UserError(f"this {type(model).__name__} has no classifier, so no class can be explained.")
+    require_head(model)
     height, width = images.shape[2:]
     rows, columns = cells or (_cells(height), _cells(width))
     hidden = _hidden(height, rows, window)[:, None, :, None] & _hidden(width, columns, window)[:, None]

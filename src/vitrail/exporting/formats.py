@@ -74,7 +74,6 @@ def format_of(dest: Path, precision: str) -> Format:
 
 def texts_of(model: ImageModel, precision: str) -> dict[str, str]:
     """Return what goes with the numbers into a file: labels, preprocessing and the model card."""
-    labels = model.labels or tuple(str(number) for number in range(model.config.num_classes))
     facts = {
         "vitrail": __version__,
         "model": type(model).__name__,
@@ -85,7 +84,7 @@ def texts_of(model: ImageModel, precision: str) -> dict[str, str]:
         "preprocessing": to_json(model.preprocessing),
     }
     return {
-        "labels": json.dumps(labels, ensure_ascii=False),
+        "labels": json.dumps(model.class_names, ensure_ascii=False),
         "facts": json.dumps(facts, ensure_ascii=False),
         "card": model_card(model),
     }

@@ -52,6 +52,11 @@ class ImageModel(nn.Module, ABC, Generic[Config]):
         self.multi_label = False
         self.position_resize = "official"
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The labels, or the numbers of the classes where they are unknown."""
+        return self.labels or tuple(map(str, range(self.config.num_classes)))
+
     @abstractmethod
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """Return the vector per picture that the head classifies."""

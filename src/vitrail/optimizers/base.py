@@ -1,4 +1,4 @@
-"""What optimizers share whose moments are not of the type of the weights."""
+"""What optimizers of our own share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,7 +11,25 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 
-class CountingOptimizer(Optimizer, ABC):
+class ClosureOptimizer(Optimizer, ABC):
+    """An optimizer whose update, after a closure where one is given, is `_step`."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Make one update; the host never waits for the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    @abstractmethod
+    def _step(self) -> None:
+        """Make one update by the gradients that are there."""
+
+
+class CountingOptimizer(ClosureOptimizer, ABC):
     """An optimizer that counts the updates of each group, and keeps its state as it is.
 
     Args:
@@ -22,19 +40,12 @@ class CountingOptimizer(Optimizer, ABC):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         super().__init__(params, {**defaults, "step": 0})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Make one update; the host never waits for the device."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:  # others learn later: moments and the count that corrects them begin together
                 group["step"] += 1
                 self._update(group, parameters)
-        return loss
 
     @abstractmethod
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:

@@ -8,14 +8,14 @@ only the few that dominate the gradient. What is no hidden matrix is left to Ada
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
+from vitrail.optimizers.base import ClosureOptimizer
 from vitrail.sharding import local, part_of, whole
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
@@ -33,7 +33,7 @@ class Matrices(NamedTuple):
     transposed: bool
 
 
-class Muon(Optimizer):
+class Muon(ClosureOptimizer):
     """Muon for hidden matrices, with Nesterov momentum and decoupled weight decay; AdamW for the rest.
 
     Updates are scaled by 0.2 sqrt(max(rows, columns)), to the size of AdamW's ("Muon is Scalable for LLM Training",
@@ -83,13 +83,7 @@ class Muon(Optimizer):
     def _groups(self, *, matrices: bool) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["matrices"] == matrices]
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Make one update; the host never waits for the device."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         for group in self._groups(matrices=True):
             alike: dict[tuple[Any, ...], list[Matrices]] = defaultdict(list)
             for parameter in group["params"]:
@@ -104,7 +98,6 @@ class Muon(Optimizer):
         if self._adamw is not None:  # groups and state are this optimizer's: `load_state_dict` puts others in place
             self._adamw.param_groups, self._adamw.state = self._groups(matrices=False), self.state
             self._adamw.step()
-        return loss
 
     def _momentum(self, group: dict[str, Any], parameter: Tensor) -> Matrices:
         """Take the gradient into the momentum, and return that, one gradient ahead (Nesterov)."""

@@ -5,21 +5,20 @@ square begins at 1, epsilon is added below the root, and the momentum holds step
 time.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, _foreach_add, _foreach_add_, _foreach_addcmul_, _foreach_mul_, _foreach_rsqrt_  # pyright: ignore[reportPrivateImportUsage]
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from vitrail.optimizers.base import ClosureOptimizer
 from vitrail.sharding import local
 
 DECAY, EPS = 0.9, 1e-3
 """Of the mean square; tensorflow/tpu models/official/efficientnet/utils.py `build_optimizer`."""
 
 
-class RMSProp(Optimizer):
+class RMSProp(ClosureOptimizer):
     """RMSProp with momentum, and weight decay in the gradient (L2), as EfficientNet's code has it in the loss.
 
     Args:
@@ -32,18 +31,11 @@ class RMSProp(Optimizer):
     def __init__(self, params: ParamsT, lr: float, *, weight_decay: float = 0.0, momentum: float = 0.9) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Make one update; the host never waits for the device."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         for group in self.param_groups:
             parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
                 self._descend(group, parameters)
-        return loss
 
     def _descend(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:

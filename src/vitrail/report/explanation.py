@@ -187,8 +187,7 @@ def _shown(figure: _Figure) -> dict[str, Any]:
 
 
 def _answers(explanation: Explanation, picture: PictureExplanation) -> tuple[tuple[str, float], ...]:
-    labels = explanation.model.labels or tuple(map(str, range(len(picture.probabilities))))
-    return top_classes(picture.probabilities, labels, 5)
+    return top_classes(picture.probabilities, explanation.model.class_names, 5)
 
 
 def _lead(explanation: Explanation) -> str:

@@ -23,7 +23,7 @@ from vitrail.engines import PACKAGES, EngineName
 from vitrail.engines.choice import ready_engine
 from vitrail.engines.start import Engine
 from vitrail.errors import BrokenPicture, UserError
-from vitrail.evaluation import BATCH, MOST
+from vitrail.evaluation import fast_batch
 from vitrail.explaining import METHODS, choose_methods, grad_cam, relevance
 from vitrail.metrics import probabilities
 from vitrail.models import ImageModel
@@ -149,12 +149,12 @@ def _facts(name: str, model: ImageModel, device: torch.device) -> ModelFacts:
     return ModelFacts(
         name=name,
         kind=type(model).__name__,
-        labels=tuple(model.labels) or tuple(map(str, range(model.config.num_classes))),
+        labels=model.class_names,
         multi_label=model.multi_label,
         image_size=(rows, columns),
         channels=model.preprocessing.channels,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        batch=min(max(BATCH.get(device.type, 32) * 224 * 224 // (rows * columns), 1), MOST),
+        batch=fast_batch(model.preprocessing, device),
     )
 
 
@@ -177,7 +177,7 @@ def _look(model: ImageModel, view: Float[Tensor, "c rows columns"], seen: Resize
     (method,) = choose_methods(model, [name for name in LOOKS if isinstance(model, METHODS[name].families)])
     found = LOOKS[method](model, view[None], torch.tensor([number], device=view.device))[0].cpu().numpy()
     return {
-        "explained": model.labels[number] if model.labels else str(number),
+        "explained": model.class_names[number],
         "title": METHODS[method].title,
         "caption": METHODS[method].caption,
         "seen": png_uri(seen),
