@@ -14,7 +14,7 @@ PACKAGE = Path(vitrail.__file__).parent
 # Low to high. A module imports from lower floors and from its own package, never sideways or upwards.
 FLOORS = [
     ["errors", "config"],
-    ["npz", "weights", "sharding", "cache"],
+    ["npz", "weights", "sharding", "cache", "arrow"],
     ["layers", "optimizers", "presets"],
     ["models"],
     ["losses", "optim", "parallel", "metrics", "data", "engines"],
@@ -22,7 +22,7 @@ FLOORS = [
     ["evaluation"],
     ["prediction", "training"],
     ["explaining", "zoo", "check", "embedding"],
-    ["report", "leaderboard", "probe"],
+    ["report", "leaderboard", "probe", "distributed_prediction"],
     ["runs", "compare", "benchmark", "planner", "serving"],
     ["demo", "exporting"],
     ["cli"],

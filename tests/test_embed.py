@@ -126,7 +126,7 @@ def test_parquet_has_a_row_per_picture(tmp_path: Path, broken: int) -> None:
 def test_parquet_without_its_package_says_what_to_install(folder, photos, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert main(["embed", str(folder), str(photos), "--out", str(tmp_path / "f.parquet")]) == 2
-    assert "pip install vitrail[parquet]" in " ".join(capsys.readouterr().err.split())
+    assert "pip install 'vitrail[parquet]'" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_file_that_was_not_finished_leaves_the_old_one(tmp_path: Path, monkeypatch) -> None:

@@ -26,6 +26,7 @@ def slow(*values: str) -> Any:
         slow("memory", "| adamw, 8 bits, in backward |"),
         slow("planner", "| vit-ti16 | Supervised | adamw | fp32 |"),
         slow("export_parity", "| vit | "),
+        slow("ray_prediction", "600 rows, 600 names, 0 with a problem, 600 as one process has them"),
     ],
 )
 def test_a_benchmark_is_rehearsed_and_writes_no_result(name: str, told: str, capsys: pytest.CaptureFixture) -> None:

@@ -2,27 +2,26 @@
 
 import csv
 import hashlib
-import importlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from jaxtyping import Float32
 
+from vitrail.arrow import pyarrow
 from vitrail.checkpoints.storage import replace_file
 from vitrail.config.codec import to_json
 from vitrail.data.base import Source
-from vitrail.data.folders import FileSource
 from vitrail.errors import UserError
 from vitrail.evaluation import ask
 from vitrail.models import ImageModel
 from vitrail.npz import read_npz
 from vitrail.parallel import Precision
-from vitrail.prediction import find_pictures, plain_cell
+from vitrail.prediction import open_pictures, plain_cell
 
 MAX_BYTES = 256 * 2**30  # of features in a file: ten million pictures of 6,000 numbers
 
@@ -65,11 +64,7 @@ def embed(
     Raises:
         UserError: When a path does not exist, too much is broken, or a feature is not finite.
     """
-    if isinstance(pictures, Source):
-        source = pictures
-    else:
-        paths = find_pictures(pictures)
-        source = FileSource(paths, np.zeros(len(paths), np.int64), ("",), channels=model.preprocessing.channels)
+    source = pictures if isinstance(pictures, Source) else open_pictures(pictures, model)
     answers = ask(
         model,
         source,
@@ -119,7 +114,7 @@ def require_writable(path: Path) -> None:
     if path.suffix not in _WRITERS:
         raise UserError(f"{path}: features are written as {', '.join(_WRITERS)}; choose one of these suffixes.")
     if path.suffix == ".parquet":
-        _pyarrow("pyarrow", path)
+        pyarrow(path)
 
 
 def read_embeddings(path: Path) -> Embeddings:
@@ -164,7 +159,7 @@ def _write_csv(embeddings: Embeddings, file: BinaryIO) -> None:
 
 
 def _write_parquet(embeddings: Embeddings, file: BinaryIO) -> None:
-    arrow = _pyarrow("pyarrow", Path(getattr(file, "name", "")))
+    arrow, parquet = pyarrow("a Parquet file"), pyarrow("a Parquet file", "pyarrow.parquet")
     count, width = embeddings.features.shape
     kind = arrow.list_(arrow.float32(), width)
     rows = arrow.FixedSizeListArray.from_arrays(arrow.array(embeddings.features.reshape(-1)), width)
@@ -176,7 +171,7 @@ def _write_parquet(embeddings: Embeddings, file: BinaryIO) -> None:
             "problem": arrow.array([*[None] * count, *(reason for _, reason in broken)], arrow.string()),
         }
     )
-    _pyarrow("pyarrow.parquet", Path()).write_table(table, file)
+    parquet.write_table(table, file)
 
 
 _WRITERS: dict[str, Callable[[Embeddings, BinaryIO], None]] = {
@@ -184,10 +179,3 @@ _WRITERS: dict[str, Callable[[Embeddings, BinaryIO], None]] = {
     ".parquet": _write_parquet,
     ".csv": _write_csv,
 }
-
-
-def _pyarrow(module: str, path: Path) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as missing:
-        raise UserError(f"{path} needs a package: pip install vitrail[parquet]. Or write .npz or .csv.") from missing

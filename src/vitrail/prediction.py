@@ -5,17 +5,19 @@ import glob
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
+from vitrail.arrow import pyarrow
 from vitrail.checkpoints.storage import write_file
 from vitrail.data.base import Source
 from vitrail.data.folders import PICTURE_SUFFIXES, FileSource
 from vitrail.engines import EngineName, require_engine
 from vitrail.engines.choice import engine_for
+from vitrail.engines.start import Engine
 from vitrail.errors import UserError
 from vitrail.evaluation import ask
 from vitrail.metrics import probabilities
@@ -97,13 +99,30 @@ def predict(
     require_engine(engine)
     if reject is not None:
         require_probability(reject)
-    labels = model.labels or tuple(str(i) for i in range(model.config.num_classes))
-    if isinstance(images, Source):
-        source = images
-    else:
-        paths = find_pictures(images)
-        source = FileSource(paths, np.zeros(len(paths), np.int64), labels, channels=model.preprocessing.channels)
+    source = images if isinstance(images, Source) else open_pictures(images, model)
     answer = engine_for(model, engine, len(source))
+    return classify(model, source, answer, top=top, reject=reject, batch_size=batch_size, workers=workers)
+
+
+def open_pictures(images: Sequence[str | Path], model: ImageModel) -> Source:
+    """Return the pictures of files, folders and globs as a source, whose labels say nothing. Errors as `predict`."""
+    paths = find_pictures(images)
+    targets = np.zeros(len(paths), np.int64)
+    return FileSource(paths, targets, model.class_names, channels=model.preprocessing.channels)
+
+
+def classify(
+    model: ImageModel,
+    source: Source,
+    answer: Engine,
+    *,
+    top: int,
+    reject: float | None,
+    batch_size: int | None = None,
+    workers: int,
+) -> list[Prediction]:
+    """Return the answer for each picture of a source, in its order; arguments are those of `predict`."""
+    labels = model.class_names
     answers = ask(model, source, answer=answer, batch_size=batch_size, workers=workers, max_broken=1.0)
     found = {index: Prediction(source.name(index), problem=reason) for index, reason in answers.broken}
     for index, row in zip(answers.indices.tolist(), probabilities(answers.rows, model.multi_label), strict=True):
@@ -121,17 +140,20 @@ def top_classes(
 
 
 def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
-    """Write predictions to a `.csv` or `.jsonl` file, whole or not at all.
+    """Write predictions to a `.csv`, `.jsonl` or `.parquet` file, whole or not at all.
 
     Raises:
-        UserError: For another suffix.
+        UserError: For another suffix, or when Parquet's package is missing.
     """
     require_suffix(path)
+    if path.suffix == ".parquet":
+        write_file(path, to_parquet(predictions, _width(predictions)))
+        return
     text = StringIO(newline="")
     if path.suffix == ".jsonl":
         text.writelines(json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in predictions)
     else:
-        width = max((len(p.labels) for p in predictions), default=0)
+        width = _width(predictions)
         columns = [f"{kind}_{i}" for i in range(1, width + 1) for kind in ("label", "probability")]
         asked = any(p.rejected is not None for p in predictions)
         writer = csv.writer(text)
@@ -143,10 +165,35 @@ def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
     write_file(path, text.getvalue().encode())
 
 
+def to_parquet(predictions: Sequence[Prediction], width: int) -> bytes:
+    """Return a Parquet file: `name`, `label_1`, `probability_1` to `width`, `rejected`, `problem`; null where empty.
+
+    Raises:
+        UserError: When pyarrow is not installed.
+    """
+    arrow, parquet = pyarrow("a Parquet file"), pyarrow("a Parquet file", "pyarrow.parquet")
+    columns = {"name": arrow.array([p.name for p in predictions], arrow.string())}
+    for place in range(width):
+        found = [p.labels[place] if place < len(p.labels) else (None, None) for p in predictions]
+        columns[f"label_{place + 1}"] = arrow.array([label for label, _ in found], arrow.string())
+        columns[f"probability_{place + 1}"] = arrow.array([share for _, share in found], arrow.float32())
+    columns["rejected"] = arrow.array([p.rejected for p in predictions], arrow.bool_())
+    columns["problem"] = arrow.array([p.problem or None for p in predictions], arrow.string())
+    file = BytesIO()
+    parquet.write_table(arrow.table(columns), file)
+    return file.getvalue()
+
+
+def _width(predictions: Sequence[Prediction]) -> int:
+    return max((len(p.labels) for p in predictions), default=0)
+
+
 def require_suffix(path: Path) -> None:
     """Raise UserError when predictions cannot be written to a file of this name."""
-    if path.suffix not in (".csv", ".jsonl"):
-        raise UserError(f"{path}: predictions are written as .csv or .jsonl; choose one of these suffixes.")
+    if path.suffix not in (".csv", ".jsonl", ".parquet"):
+        raise UserError(f"{path}: predictions are written as .csv, .jsonl or .parquet; choose one of these suffixes.")
+    if path.suffix == ".parquet":
+        pyarrow(path)
 
 
 def require_probability(reject: float) -> None:

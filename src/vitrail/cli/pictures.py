@@ -1,7 +1,7 @@
 """The verbs that put pictures or runs before us: `evaluate`, `predict`, `check` and `compare`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.table import Column, Table
@@ -66,7 +66,7 @@ def predict(
     top: int = 5,
     reject: Annotated[float | None, tyro.conf.arg(metavar="BELOW")] = None,
     out: Path | None = None,
-    engine: EngineName = "auto",
+    engine: EngineName | Literal["ray"] = "auto",
     workers: int = 2,
     json: bool = False,
 ) -> int:
@@ -77,8 +77,9 @@ def predict(
         images: Pictures, folders, globs.
         top: Classes per picture.
         reject: Mark answers of a lower probability than this as rejected; the report of a run names thresholds.
-        out: Write to this .csv or .jsonl file instead of the terminal.
-        engine: What computes the answers; auto takes the fastest that is installed, where finding it pays.
+        out: Write to this .csv, .jsonl or .parquet file instead of the terminal; with ray, to this folder of .parquet.
+        engine: What computes the answers; auto takes the fastest that is installed, where finding it pays. ray spreads
+            the pictures over a Ray cluster, and goes on where an earlier call with the same folder stopped.
         workers: Decoding threads.
         json: Print one JSON document on stdout.
     """
@@ -90,9 +91,11 @@ def predict(
     if top < 1:
         raise UserError(f"--top must be at least 1, not {top}.")
     require_workers(workers)
-    require_engine(engine)
     if reject is not None:
         require_probability(reject)
+    if engine == "ray":
+        return _predict_on_ray(model, images, top=top, reject=reject, out=out, workers=workers, json=json)
+    require_engine(engine)
     if out is not None:
         require_suffix(out)  # before the work, not after it
     device = "cpu" if engine in PACKAGES else pick_device()
@@ -110,6 +113,23 @@ def predict(
             table.add_row(Text(p.name), Text(f"rejected: {answer}" if p.rejected else answer))
         Console().print(table)
     return 3 if any(p.problem for p in predictions) else 0
+
+
+def _predict_on_ray(
+    model: str, images: tuple[str, ...], *, top: int, reject: float | None, out: Path | None, workers: int, json: bool
+) -> int:
+    from vitrail.checkpoints import load_model
+    from vitrail.distributed_prediction import predict_distributed, require_ray
+
+    require_ray()
+    if out is None or out.suffix:
+        raise UserError("--engine ray writes many files; name a folder for them with --out.")
+    done = predict_distributed(load_model(model), images, out, top=top, reject=reject, workers=workers)
+    if json:
+        print_json({"out": str(done.out), "pictures": done.pictures, "broken": done.broken, "files": done.parts})
+    else:
+        print(f"{done.out}: {done.pictures:,} rows in {done.parts:,} files, {done.broken:,} of them with a problem")
+    return 3 if done.broken else 0
 
 
 def check(
