@@ -6,7 +6,7 @@ The same code runs on CPU and GPU. Nothing depends on a picture's place in the b
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num, UInt8
 from torch import Tensor
 
 from vitrail.config.preprocessing import Preprocessing
@@ -14,13 +14,15 @@ from vitrail.config.run import AugmentConfig
 from vitrail.data.base import Batch
 from vitrail.data.boxes import random_sizes, training_boxes
 from vitrail.data.mix import mix
-from vitrail.data.operations import brightness, color, contrast, pictures_at_once, rectangle_masks
+from vitrail.data.operations import brightness, color, contrast, on_cpu, pictures_at_once, put, rectangle_masks
+from vitrail.data.parts import by_parts, in_large_pages
 from vitrail.data.policies import apply_policy
 from vitrail.data.random import Draw, choice, normal_at, uniform
 from vitrail.data.view import (
     Box,
     check_channels,
     denormalise,
+    fits_view,
     mean_levels,
     normalise,
     resample,
@@ -48,46 +50,64 @@ class Augment:
         Raises:
             UserError: When the pictures' channels are not the model's.
         """
-        config, keys = self.config, batch.keys
-        images = self._cropped_and_flipped(batch)
-        if (config.policy != "none" or config.color_jitter) and not batch.cropped:
-            images.round_()  # the operations work on whole levels
-        if config.policy != "none":
-            fill = mean_levels(self.preprocessing, images.device).round()
-            images = apply_policy(images, keys, config, fill)
-        if config.color_jitter:
-            images = jitter(images, keys, config.color_jitter)
-        if config.crop == "padded":
-            images = shift(images, keys, config.pad, mean_levels(self.preprocessing, images.device))
-        images = normalise(images, self.preprocessing, overwrite=True)
-        if config.erase:
-            erase(images, keys, config.erase)
-        if config.cutout:
-            cutout(images, keys, config.cutout)
+        config, keys, stored = self.config, batch.keys, batch.images
+        check_channels(stored.shape[1], self.preprocessing)
+        shape = stored.shape if batch.cropped else (*stored.shape[:2], *self._view.image_size)
+        images = torch.empty(shape, device=stored.device)
+        if on_cpu(stored):
+            in_large_pages(images)
+            by_parts(
+                lambda part: self._augment(stored[part], keys[part], cropped=batch.cropped, out=images[part]),
+                tuple(shape),
+            )
+        else:
+            self._augment(stored, keys, cropped=batch.cropped, out=images)
         targets = batch.targets.float() if batch.targets.ndim == 2 else one_hot(batch.targets, classes)
         if config.mixup or config.cutmix:
             images, targets = mix(images, targets, keys, mixup=config.mixup, cutmix=config.cutmix)
         return self._at_model_size(images), targets
 
-    def _cropped_and_flipped(self, batch: Batch) -> Float[Tensor, "b c rows columns"]:
-        """Return levels at the size to augment at, in memory of their own."""
-        images, config, preprocessing = batch.images, self.config, self._view
-        check_channels(images.shape[1], preprocessing)
-        flips = uniform(batch.keys, Draw.FLIP) < config.flip if config.flip else None
-        if batch.cropped:  # bytes are a quarter of the memory to turn around
+    def _augment(
+        self,
+        stored: UInt8[Tensor, "b c h w"],
+        keys: Int[Tensor, " b"],
+        *,
+        cropped: bool,
+        out: Float[Tensor, "b c rows columns"],
+    ) -> None:
+        """Write into `out` all that becomes of pictures by themselves."""
+        config, device = self.config, stored.device
+        images = self._cropped_and_flipped(stored, keys, cropped=cropped)
+        if config.policy != "none" or config.color_jitter:
+            images = out.copy_(images).round_()  # these work on whole levels
+        if config.policy != "none":
+            images = apply_policy(images, keys, config, mean_levels(self.preprocessing, device).round())
+        if config.color_jitter:
+            images = jitter(images, keys, config.color_jitter)
+        normalise(images, self.preprocessing, out=out)
+        if config.crop == "padded":
+            shift(out, keys, config.pad, out.new_zeros(out.shape[1], 1, 1), out=out)
+        if config.erase:
+            erase(out, keys, config.erase)
+        if config.cutout:
+            cutout(out, keys, config.cutout)
+
+    def _cropped_and_flipped(
+        self, images: UInt8[Tensor, "b c h w"], keys: Int[Tensor, " b"], *, cropped: bool
+    ) -> Num[Tensor, "b c rows columns"]:
+        """Return bytes, or levels where pictures were resized, at the size to augment at, in memory of their own."""
+        config, view = self.config, self._view
+        if not cropped and config.crop in ("resized", "random"):
+            height, width = (torch.full_like(keys, n) for n in images.shape[2:])
+            boxes = training_boxes(keys, height, width, config, view)
+            images = resample_boxes(images, boxes, view.image_size, view.interpolation)
+        elif cropped or fits_view(images, view):
             images = images.clone(memory_format=torch.contiguous_format)
-            if flips is not None:
-                flip(images, flips)
-            return images.float()
-        if config.crop in ("resized", "random"):
-            height, width = (torch.full_like(batch.keys, n) for n in images.shape[2:])
-            boxes = training_boxes(batch.keys, height, width, config, preprocessing)
-            levels = resample_boxes(images, boxes, preprocessing.image_size, preprocessing.interpolation)
         else:
-            levels = view_levels(images, preprocessing)
-        if flips is not None:
-            flip(levels, flips)
-        return levels
+            images = view_levels(images, view)
+        if config.flip:
+            flip(images, uniform(keys, Draw.FLIP) < config.flip)
+        return images
 
     def _at_model_size(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c rows columns"]:
         """Return pictures that were augmented at a size of their own at the model's, clipped as evaluation clips."""
@@ -115,34 +135,43 @@ def flip(images: Num[Tensor, "b c h w"], chosen: Bool[Tensor, " b"]) -> None:
         torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images, out=images)
         return
     for rows in chosen.nonzero()[:, 0].split(pictures_at_once(images)):
-        images[rows] = images[rows].flip(-1)
+        put(images, rows, images.index_select(0, rows).flip(-1))
 
 
 def shift(
-    images: Float[Tensor, "b c h w"], keys: Int[Tensor, " b"], pad: int, border: Float[Tensor, "c 1 1"]
+    images: Float[Tensor, "b c h w"],
+    keys: Int[Tensor, " b"],
+    pad: int,
+    border: Float[Tensor, "c 1 1"],
+    *,
+    out: Float[Tensor, "b c h w"] | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """Shift each picture by up to `pad` whole pixels along both axes: padding and random crop in one (CIFAR)."""
+    """Shift each picture by up to `pad` whole pixels along both axes: padding and random crop in one (CIFAR).
+
+    Args:
+        images: Pictures.
+        keys: What they draw from.
+        pad: Pixels.
+        border: What comes into a picture from outside.
+        out: Where the result is to stand, which may be where the pictures are; new memory by default.
+    """
+    out = torch.empty_like(images) if out is None else out
     height, width = images.shape[2:]
     top, left = choice(keys, Draw.CROP_TOP, 2 * pad + 1), choice(keys, Draw.CROP_LEFT, 2 * pad + 1)
-    if images.device.type != "cpu":
-        padded = border.expand(len(images), -1, height + 2 * pad, width + 2 * pad).clone()
-        padded[:, :, pad : pad + height, pad : pad + width] = images
-        # A view of all places where a picture may begin, of which each takes its own.
-        crops = padded.unfold(2, height, 1).unfold(3, width, 1)
-        return crops[torch.arange(len(images), device=keys.device), :, top, left]
-    # One by one as arrays: a picture of 32 x 32 lies in the CPU's cache, and NumPy starts a copy ten times as fast.
-    moved = border.expand_as(images).clone(memory_format=torch.contiguous_format)
-    places = zip((top - pad).tolist(), (left - pad).tolist(), strict=True)
-    for (down, right), before, after in zip(places, images.numpy(), moved.numpy(), strict=True):
-        rows, columns = _overlap(down, height), _overlap(right, width)
-        after[:, rows[0], columns[0]] = before[:, rows[1], columns[1]]
-    return moved
-
-
-def _overlap(offset: int, length: int) -> tuple[slice, slice]:
-    """Return the places of a shifted row that show the original's, and which of them."""
-    start, stop = min(length, max(0, -offset)), max(0, length - max(0, offset))
-    return slice(start, stop), slice(start + offset, stop + offset)
+    most = min(len(images), pictures_at_once(images))
+    padded = border.expand(most, -1, height + 2 * pad, width + 2 * pad).clone()
+    # A view of all places where a picture may begin, of which each takes its own.
+    crops = padded.unfold(2, height, 1).unfold(3, width, 1)
+    for part, moved, y, x in zip(*(each.split(most) for each in (images, out, top, left)), strict=True):
+        padded[: len(part), :, pad : pad + height, pad : pad + width] = part
+        if images.device.type == "cpu":
+            # One by one as arrays: NumPy starts a copy ten times as fast.
+            places = zip(y.tolist(), x.tolist(), strict=True)
+            for after, before, (row, column) in zip(moved.numpy(), crops.numpy(), places, strict=False):
+                after[...] = before[:, row, column]
+        else:
+            moved.copy_(crops[torch.arange(len(part), device=keys.device), :, y, x])
+    return out
 
 
 def jitter(images: Float[Tensor, "b c h w"], keys: Int[Tensor, " b"], strength: float) -> Float[Tensor, "b c h w"]:

@@ -213,7 +213,9 @@ class _View:
         columns, rows = self._target
         if all(edge.is_integer() for edge in (left, top, right, bottom)):
             part = np.require(pixels[int(top) : int(bottom), int(left) : int(right)], requirements=["C", "W"])
-            image = torch.from_numpy(part).permute(2, 0, 1)[None]
+            # The batch axis comes first: made after the turn it hides from torch that channels lie together, and the
+            # result would have to be turned twice more.
+            image = torch.from_numpy(part)[None].permute(0, 3, 1, 2)
             image = F.interpolate(image, size=(rows, columns), mode=interpolation, antialias=True)
             return image[0].permute(1, 2, 0).numpy()
         # Only what the filter reaches is handed to Pillow, which copies it.

@@ -5,6 +5,8 @@ Pictures are float tensors that hold whole levels from 0 to 255, and stay so. Th
 mean. Tests hold them to Pillow's answers: exactly, save AutoContrast and the affine ones, where one level may differ.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
@@ -17,11 +19,24 @@ CACHE = 2**18
 """Numbers that a CPU works on at once: a step finds in its cache what the step before it wrote."""
 
 
+def on_cpu(images: Num[Tensor, "b c h w"]) -> bool:
+    """Return whether pictures lie in a CPU's memory. `vitrail plan` has tensors of another type stand for a GPU's."""
+    return images.device.type == "cpu" and type(images) is Tensor
+
+
 def pictures_at_once(images: Num[Tensor, "b c h w"]) -> int:
     """Return how many of these pictures to hand to an operation at once; a GPU takes all."""
-    if images.device.type != "cpu":
+    if not on_cpu(images):
         return max(1, len(images))
     return max(1, CACHE // max(1, images.shape[1:].numel()))
+
+
+def put(images: Num[Tensor, "b c h w"], rows: Int[Tensor, " n"], pictures: Num[Tensor, "n c h w"]) -> None:
+    """Overwrite some pictures of a batch."""
+    if images.device.type == "cpu":  # NumPy copies a picture at a time, torch a number
+        images.numpy()[rows.numpy()] = pictures.numpy()
+    else:
+        images.index_copy_(0, rows, pictures)
 
 
 def auto_contrast(images: Images) -> Images:
@@ -132,19 +147,17 @@ def affine(images: Images, maps: Float[Tensor, "b 2 3"], fill: Float[Tensor, "c 
 
     Maps take (x, y, 1), pixels' centres at halves, to x and y in the source, as Pillow's `transform` does.
     """
-    grid = torch.empty(len(images), *images.shape[2:], 2, dtype=maps.dtype, device=maps.device)
-    outside = torch.zeros((), dtype=maps.dtype, device=maps.device)
+    lengths = torch.tensor([images.shape[3], images.shape[2]], dtype=maps.dtype, device=maps.device).view(2, 1, 1, 1)
     x, y = ((torch.arange(n, dtype=maps.dtype, device=maps.device) + 0.5) for n in (images.shape[3], images.shape[2]))
-    for axis, length in ((0, images.shape[3]), (1, images.shape[2])):
-        from_x, from_y, shift = maps[:, axis, :, None].unbind(dim=1)
-        source = ((from_x * x)[:, None, :] + (from_y * y)[:, :, None]).add_(shift[..., None])
-        # Arithmetic, because comparing and choosing cost a CPU several times as much: how many pixels beyond the edge.
-        middle = (length - 1) / 2
-        outside = torch.maximum(outside, source.floor().sub_(middle).abs_().sub_(middle))
-        # From -1 at one edge of the picture to 1 at the other, as `grid_sample` counts.
-        grid[..., axis] = source.mul_(2.0 / length).sub_(1.0)
+    from_x, from_y, shift = maps.permute(2, 1, 0)[..., None]  # each (2, b, 1): of x and y in the source
+    source = ((from_x * x)[:, :, None, :] + (from_y * y)[..., None]).add_(shift[..., None])
+    # Arithmetic, because comparing and choosing cost a CPU several times as much: how many pixels beyond the edge.
+    middle = (lengths - 1.0) / 2.0
+    beyond = source.floor().sub_(middle).abs_().sub_(middle)
+    inside = (1.0 - torch.maximum(beyond[0], beyond[1]).clamp_(0.0, 1.0))[:, None]
+    # From -1 at one edge of the picture to 1 at the other, as `grid_sample` counts.
+    grid = source.mul_(2.0 / lengths).sub_(1.0).permute(1, 2, 3, 0)
     moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    inside = (1.0 - outside.clamp_(max=1.0))[:, None]
     return moved.round_().sub_(fill).mul_(inside).add_(fill)
 
 
@@ -167,6 +180,16 @@ def affine_maps(name: str, amount: PerPicture, size: tuple[int, int]) -> Float[T
         row, column = {"ShearX": (0, 1), "ShearY": (1, 0), "TranslateX": (0, 2), "TranslateY": (1, 2)}[name]
         maps[:, row, column] = amount
     return maps
+
+
+def translate(images: Images, pixels: Sequence[int], axis: int, fill: Float[Tensor, "c 1 1"]) -> Images:
+    """Return each picture, on the CPU, shifted so many pixels to the left (`axis` 3) or upwards (2), as by `affine`."""
+    moved = fill.expand_as(images).clone(memory_format=torch.contiguous_format)
+    length, before, after = images.shape[axis], images.movedim(axis, 1).numpy(), moved.movedim(axis, 1).numpy()
+    for row, offset in enumerate(pixels):  # one by one as arrays: NumPy starts a copy ten times as fast as torch
+        start, stop = min(length, max(0, -offset)), max(0, length - max(0, offset))
+        after[row, start:stop] = before[row, start + offset : stop + offset]
+    return moved
 
 
 def _blend(start: Tensor, images: Tensor, factor: Tensor) -> Tensor:

@@ -9,8 +9,9 @@
 All draw a table row per picture; the rows say operation and argument. Operations act in groups of pictures.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +37,20 @@ WITH_ARGUMENT = {
 AFFINE = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")  # their argument gets a random sign
 OPERATIONS = ("Identity", *WITHOUT_ARGUMENT, *WITH_ARGUMENT, *AFFINE, "Cutout")
 ENHANCE = ("Color", "Contrast", "Brightness", "Sharpness")
+
+
+class Group(NamedTuple):
+    """Pictures of a batch that get the same operation."""
+
+    name: str
+    rows: Int[Tensor, " n"] | slice
+    """Places in the batch."""
+    argument: Float[Tensor, " n"]
+    down: Int[Tensor, " n"]
+    """Row of Cutout's middle."""
+    right: Int[Tensor, " n"]
+    """Column of Cutout's middle."""
+
 
 # All of RandAugment's; TrivialAugment has no Invert, SolarizeAdd and Cutout, but Identity.
 RANDAUGMENT = tuple(name for name in OPERATIONS if name != "Identity")
@@ -158,19 +173,20 @@ def apply_policy(
     centres = [
         choice(keys, draw, n, (count,)) for draw, n in zip((Draw.POLICY_TOP, Draw.POLICY_LEFT), size, strict=True)
     ]
-    most = ops.pictures_at_once(images)
-    if most == 1:  # all that is done to a large picture is done while it lies in the cache
+    if ops.pictures_at_once(images) == 1:  # all that is done to a large picture is done while it lies in the cache
         for row, names in enumerate(numbers.tolist()):
+            at = slice(row, row + 1)
             for turn, number in enumerate(names):
-                rows, middles = slice(row, row + 1), (centres[0][:, turn], centres[1][:, turn])
-                _apply(images, {OPERATIONS[number]: [rows]}, arguments[:, turn], middles, fill)
+                drawn = (each[at, turn] for each in (arguments, *centres))
+                _apply(images, [Group(OPERATIONS[number], at, *drawn)], fill)
         return images
     for turn in range(count):
         # One sort and one look at the counts serve all operations: on a GPU, one synchronisation instead of sixteen.
         counts = torch.bincount(numbers[:, turn], minlength=len(OPERATIONS)).tolist()
-        groups = numbers[:, turn].argsort(stable=True).split(counts)
-        chosen = {name: rows.split(most) for name, rows in zip(OPERATIONS, groups, strict=True) if len(rows)}
-        _apply(images, chosen, arguments[:, turn], (centres[0][:, turn], centres[1][:, turn]), fill)
+        order = numbers[:, turn].argsort(stable=True)
+        drawn = (each[:, turn].index_select(0, order).split(counts) for each in (arguments, *centres))
+        groups = (Group(*each) for each in zip(OPERATIONS, order.split(counts), *drawn, strict=True))
+        _apply(images, [group for group, many in zip(groups, counts, strict=True) if many], fill)
     return images
 
 
@@ -358,28 +374,46 @@ def _signed_operations(device: torch.device) -> Tensor:
         return torch.tensor([name in AFFINE for name in OPERATIONS], device=device)
 
 
-def _apply(
-    images: Tensor,
-    chosen: Mapping[str, Sequence[Tensor | slice]],
-    arguments: Tensor,
-    centres: tuple[Tensor, Tensor],
-    fill: Tensor,
-) -> None:
-    """Overwrite the rows that `chosen` lists by operation, so many at once."""
-    height, width = images.shape[2:]
-    for name, parts in chosen.items():
-        for rows in parts if name != "Identity" else ():
-            pictures = images[rows] if isinstance(rows, slice) else images.index_select(0, rows)
-            argument = arguments[rows]
-            if name in WITHOUT_ARGUMENT:
-                pictures = WITHOUT_ARGUMENT[name](pictures)
-            elif name in WITH_ARGUMENT:
-                pictures = WITH_ARGUMENT[name](pictures, argument)
-            elif name in AFFINE:
-                pictures = ops.affine(pictures, ops.affine_maps(name, argument, (height, width)), fill)
-            else:
-                pictures = ops.cutout(pictures, argument, centres[0][rows], centres[1][rows], fill)
-            if isinstance(rows, slice):
-                images[rows] = pictures
-            else:
-                images.index_copy_(0, rows, pictures)
+def _apply(images: Tensor, groups: Sequence[Group], fill: Tensor) -> None:
+    """Overwrite the pictures of each group by what its operation makes of them."""
+    size = images.shape[2], images.shape[3]
+    mapped: list[tuple[Tensor | slice, Tensor]] = []
+    for name, rows, argument, down, right in groups:
+        if name == "Identity":
+            continue
+        if name in AFFINE and not _in_whole_pixels(name, argument):
+            mapped.append((rows, ops.affine_maps(name, argument, size)))
+            continue
+        pictures = _take(images, rows)
+        if name in WITHOUT_ARGUMENT:
+            pictures = WITHOUT_ARGUMENT[name](pictures)
+        elif name in WITH_ARGUMENT:
+            pictures = WITH_ARGUMENT[name](pictures, argument)
+        elif name == "Cutout":
+            pictures = ops.cutout(pictures, argument, down, right, fill)
+        else:
+            pixels = [int(n) for n in argument.tolist()]
+            pictures = ops.translate(pictures, pixels, 2 if name == "TranslateY" else 3, fill)
+        _put(images, rows, pictures)
+    if len(mapped) > 1:  # one operation, whatever the map
+        places, maps = zip(*mapped, strict=True)
+        mapped = [(torch.cat(places), torch.cat(maps))]
+    for rows, maps in mapped:
+        _put(images, rows, ops.affine(_take(images, rows), maps, fill))
+
+
+def _in_whole_pixels(name: str, amount: Tensor) -> bool:
+    """Return whether pixels only change places; a GPU need not report that."""
+    whole = name in ("TranslateX", "TranslateY") and amount.device.type == "cpu"
+    return whole and all(n.is_integer() for n in amount.tolist())
+
+
+def _take(images: Tensor, rows: Tensor | slice) -> Tensor:
+    return images[rows] if isinstance(rows, slice) else images.index_select(0, rows)
+
+
+def _put(images: Tensor, rows: Tensor | slice, pictures: Tensor) -> None:
+    if isinstance(rows, slice):
+        images[rows] = pictures
+    else:
+        ops.put(images, rows, pictures)

@@ -26,6 +26,7 @@ from vitrail.config.run import AugmentConfig
 from vitrail.data.augment import augmented_view
 from vitrail.data.base import Batch, Picture, Source
 from vitrail.data.boxes import BoxDraws
+from vitrail.data.parts import in_large_pages
 from vitrail.data.random import sample_keys
 from vitrail.data.view import check_channels, view_pixels
 from vitrail.errors import BrokenPicture, UserError
@@ -152,7 +153,10 @@ class Stream(Iterator[list[Batch]]):
         pixels = source.pixels()
         self._pixels = None if pixels is None else np.ascontiguousarray(pixels)
         self._workers = workers
-        self._maker = ThreadPoolExecutor(1, thread_name_prefix="batch") if workers else None
+        # Pictures in memory are gathered sooner than two threads can hand the interpreter to and fro, unless a GPU
+        # augments them meanwhile.
+        ahead = workers > 0 and (pinned or self._pixels is None)
+        self._maker = ThreadPoolExecutor(1, thread_name_prefix="batch") if ahead else None
         threaded = workers > 0 and self._pixels is None
         self._decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode") if threaded else None
         self._ahead: deque[Future[list[Reading]]] = deque()
@@ -261,7 +265,9 @@ class Stream(Iterator[list[Batch]]):
         return Reading(self._batch(images, places, keys, cropped=True), tasks, places, broken)
 
     def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+        if self._pinned:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        return in_large_pages(torch.empty(shape, dtype=torch.uint8))
 
     def _batch(self, images: Tensor, places: Sequence[Place], keys: Tensor, *, cropped: bool) -> Batch:
         targets = self._targets[torch.tensor([place.picture for place in places])]

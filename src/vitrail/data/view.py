@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vitrail.config.preprocessing import Interpolation, Preprocessing
 from vitrail.data.base import Picture, Resized
+from vitrail.data.operations import pictures_at_once
 from vitrail.errors import UserError
 
 SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # reach of the filters, in pixels of the coarser grid
@@ -161,21 +162,30 @@ def view_pixels(picture: Picture, preprocessing: Preprocessing) -> Resized:
     return levels.round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
+def fits_view(images: Num[Tensor, "b c h w"], preprocessing: Preprocessing) -> bool:
+    """Return whether `view_levels` leaves pictures of this size as they are."""
+    same_size = (images.shape[2], images.shape[3]) == preprocessing.image_size
+    return same_size and (preprocessing.fit != "crop" or preprocessing.crop_fraction == 1.0)
+
+
 def normalise(
-    images: Num[Tensor, "b c h w"], preprocessing: Preprocessing, *, overwrite: bool = False
+    images: Num[Tensor, "b c h w"], preprocessing: Preprocessing, *, out: Float[Tensor, "b c h w"] | None = None
 ) -> Float[Tensor, "b c h w"]:
     """Return (levels / 255 - mean) / std of levels in [0, 255], bytes or floats. The mean colour becomes exactly 0.
 
     Args:
         images: Levels.
         preprocessing: What the model takes.
-        overwrite: Whether float levels are of no further use: then the result takes their place.
+        out: Where the result is to stand; new memory by default.
     """
     check_channels(images.shape[1], preprocessing)
     mean, gain = _statistics(preprocessing, images.device)
-    if overwrite and images.is_floating_point():
-        return images.sub_(mean).mul_(gain)
-    return (images.float() - mean).mul_(gain)
+    if out is None:
+        return (images.float() - mean).mul_(gain)
+    most = pictures_at_once(images)
+    for levels, part in zip(images.split(most), out.split(most), strict=True):
+        part.copy_(levels).sub_(mean).mul_(gain)  # while it lies in the cache
+    return out
 
 
 def denormalise(images: Float[Tensor, "b c h w"], preprocessing: Preprocessing) -> Float[Tensor, "b c h w"]:
