@@ -36,6 +36,8 @@ from vitrail.parallel import Precision, alone, autocast, leave, processes, rank,
 from vitrail.recipes import Learner, build_learner
 from vitrail.sharding import gathered, local, of_first_process
 from vitrail.training import placing
+from vitrail.training.folder import RunFolder
+from vitrail.training.saving import Saver, run_peers
 
 STEPS, MICRO_BATCHES, SIZE = 20, 2, 8
 # Wide enough for Adafactor to tell rows from columns; a key's bias has no gradient but noise, which Adam blows up.
@@ -197,25 +199,32 @@ def in_phases(run: RunConfig, steps: int = 10) -> float:
     return gap(one, many) if rank() == 0 else 0.0
 
 
-def states(layout: str) -> dict[str, float]:
-    """Return 1 for each state that is the same, bit for bit, after it was gathered and taken over elsewhere."""
+def states(layout: str, place: Path) -> dict[str, float]:
+    """Return 1 for each state that is the same, bit for bit, after it was written and taken over elsewhere."""
     found: dict[str, float] = {}
-    for name in ("adamw", "sgd", "muon", "adafactor", "rmsprop"):
-        run = replace(run_of("supervised"), optim=replace(OPTIM, name=name))
+    names = ("adamw", "sgd", "muon", "adafactor", "rmsprop")
+    runs = {name: replace(run_of("supervised"), optim=replace(OPTIM, name=name)) for name in names}
+    runs |= {name: run_of(name) for name in ("sam", "meta pseudo labels")}
+    for name, run in runs.items():
         spread = replace(run, loop=replace(run.loop, sharding=layout))
         if name == "adamw":
             with alone():
                 initial = weights_of(learner_of(run))
             found["initial weights"] = same(initial, weights_of(learner_of(spread)))
-        shared = [gathered(trained(spread, steps=2).state_dict())]
-        dist.broadcast_object_list(shared)  # as all read the same file
+        learner = trained(spread, steps=2)
+        folder = RunFolder(place / f"{name}, {layout}", writes=rank() == 0)
+        saver = Saver(folder, together=True)
+        saver.save({"step": 2, "learner": learner.state_dict()}, keep=1)
+        saver.wait()
+        saver.close()
+        before = gathered(learner.state_dict())
+        many = learner_of(spread)
+        many.load_state_dict((folder.load_state(run_peers()) or {})["learner"])
+        found[f"{name}, read by all"] = same(before, gathered(many.state_dict()))
         with alone():
             one = learner_of(run)
-            one.load_state_dict(shared[0])
-            found[f"{name}, read by one"] = same(shared[0], one.state_dict())
-        many = learner_of(spread)
-        many.load_state_dict(shared[0])
-        found[f"{name}, read by all"] = same(shared[0], gathered(many.state_dict()))
+            one.load_state_dict((folder.load_state() or {})["learner"])
+            found[f"{name}, read by one"] = same(before, one.state_dict())
     return found
 
 
@@ -253,7 +262,7 @@ def main(result: str) -> None:
             layouts = ["ddp", "full", "hybrid"]
         works: dict[str, Callable[[], dict[str, float]]] = {
             "recipes": partial(recipes, layouts),
-            "states": partial(states, layouts[-1]),
+            "states": partial(states, layouts[-1], Path(result).parent),
             "held": lambda: {layout: held(layout) for layout in layouts[1:]},
         }
         if world_size() == 2:

@@ -21,6 +21,7 @@ def slow(*values: str) -> Any:
     ("name", "told"),
     [
         ("experts", "| tiny, 8 pictures | training | fp32 |"),
+        ("checkpoints", "| until training goes on |"),
         ("label_errors", "| clothes ("),
         ("pointing", "ViT, class token | "),
         slow("memory", "| adamw, 8 bits, in backward |"),

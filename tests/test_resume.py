@@ -240,9 +240,9 @@ def test_when_every_checkpoint_is_damaged_the_newest_is_told(tmp_path: Path) -> 
 
 def test_a_state_from_a_newer_version_is_not_taken_for_damage(tmp_path: Path, monkeypatch) -> None:
     save_state(tmp_path, state_at(10), keep=2)
-    monkeypatch.setattr("vitrail.checkpoints.resume.FORMAT", 2)
+    monkeypatch.setattr("vitrail.checkpoints.resume.FORMAT", 3)
     path = save_state(tmp_path, state_at(20), keep=2)
-    assert json.loads((path / "state.json").read_text())["format"] == 2
+    assert json.loads((path / "state.json").read_text())["format"] == 3
     monkeypatch.setattr("vitrail.checkpoints.resume.FORMAT", 1)
     with pytest.raises(UserError, match=r"newer vitrail.*pip install -U"):
         load_latest(tmp_path)

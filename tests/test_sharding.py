@@ -79,7 +79,7 @@ def test_half_precision_is_as_close_as_it_can_tell(by_two: Found, precision: str
 
 @pytest.mark.slow
 def test_a_state_goes_from_two_processes_to_one_and_to_two(by_two: Found) -> None:
-    assert len(by_two["states"]) == 11
+    assert len(by_two["states"]) == 15
     assert {case for case, same in by_two["states"].items() if not same} == set()
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Literal, NoReturn
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from vitrail.errors import UserError
@@ -53,6 +55,20 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
+def restarts() -> int:
+    """Return how often torchrun has started these processes anew, as after one of them has died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launch() -> str | None:
+    """Return what tells this call of torchrun from every other, restarts being the same call; None without torchrun.
+
+    That is the name that `--rdzv-id` or `--standalone` gives it, else the first process's machine and its torchrun.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{platform.node()}, process {os.getppid()}" if name == "none" else name
+
+
 def share_of(count: int) -> range:
     """Return the places of `count` items that fall to this process: every world-th, all when it works alone.
 
@@ -77,12 +93,27 @@ def processes() -> Iterator[torch.device]:
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield device
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _join("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
         dist.barrier()  # nobody leaves while the first process still writes
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Join the other processes.
+
+    Started again, processes on one machine meet under names of their own: torchrun (torch 2.13) keeps its store, where
+    they would find the addresses of those that died. Of several machines each counts its restarts for itself; there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun begin a new store each time.
+    """
+    if not restarts() or int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+        dist.init_process_group(backend)
+        return
+    store, number, count = next(rendezvous("env://"))
+    names = dist.PrefixStore(f"restart {restarts()}", store)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, store=names, rank=number, world_size=count)
 
 
 def leave(code: int) -> NoReturn:

@@ -8,6 +8,8 @@ scattered as a mean, so that each process receives that of its part.
 import copy
 import os
 import sys
+import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import chain
@@ -27,6 +29,20 @@ if TYPE_CHECKING:  # together 0.8 s to import, which only runs that need them ar
     from torch.distributed.tensor import DTensor
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class Stored(ABC):
+    """A tensor on a disk, of which a process reads what it needs."""
+
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def read(self, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Return, on the CPU, the box of `shape` whose first entry is that at `offset`."""
+
+    def whole(self) -> Tensor:
+        """Return all of it, on the CPU."""
+        return self.read([0] * len(self.shape), self.shape)
 
 
 def shard(
@@ -169,6 +185,23 @@ def total_norm(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     return over_parts(norm.square(), like).sqrt() if is_part(like) else norm
 
 
+def box_of(tensor: "DTensor") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return which box of a tensor this process holds: its shape, and where in the tensor its first entry is."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+def writes_part(tensor: "DTensor", name: str) -> bool:
+    """Return whether this process is the one to write its part: of those that hold copies, each writes some tensors."""
+    copies, number = 1, 0
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            size = tensor.device_mesh.size(axis)
+            copies, number = copies * size, number * size + tensor.device_mesh.get_local_rank(axis)
+    return zlib.crc32(name.encode()) % copies == number
+
+
 def gathered(state: Any) -> Any:
     """Return a nested state with all of each tensor that is spread, on the CPU: in the first process, which writes it.
 
@@ -184,15 +217,30 @@ def gathered(state: Any) -> Any:
     return state
 
 
-def spread(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return whole tensors as those of the same name in `like` are spread, on the same devices."""
-    return {name: _spread(tensor, like[name]) if name in like else tensor for name, tensor in state.items()}
+def read(state: Any) -> Any:
+    """Return a nested state with all of each tensor that is on the disk yet."""
+    if isinstance(state, Stored):
+        return state.whole()
+    if isinstance(state, Mapping):
+        return {key: read(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(read(value) for value in state)
+    return state
+
+
+def spread(state: Mapping[str, Tensor | Stored], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole tensors as those of the same name in `like` are spread, on the same devices.
+
+    Of those on the disk, a process reads its part.
+    """
+    return {name: _spread(tensor, like[name]) if name in like else read(tensor) for name, tensor in state.items()}
 
 
 def spread_moments(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """Return the whole state of an optimizer as the parameters of this one are spread.
 
     What has the shape of its parameter is spread as it is; all else, as Adafactor's moments of rows, every process has.
+    What is on the disk is read, as by `spread`.
     """
     saved = chain.from_iterable(group["params"] for group in state["param_groups"])
     present = chain.from_iterable(group["params"] for group in optimizer.param_groups)
@@ -200,8 +248,8 @@ def spread_moments(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any
     moments = {
         number: {
             name: _spread(value, parameters[number])
-            if isinstance(value, Tensor) and value.shape == parameters[number].shape
-            else value
+            if isinstance(value, Tensor | Stored) and value.shape == parameters[number].shape
+            else read(value)
             for name, value in values.items()
         }
         for number, values in state["state"].items()
@@ -209,7 +257,12 @@ def spread_moments(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any
     return {**state, "state": moments}
 
 
-def _spread(tensor: Tensor, like: Tensor) -> Tensor:
+def _spread(tensor: Tensor | Stored, like: Tensor) -> Tensor:
+    if isinstance(tensor, Stored):
+        if not is_part(like):
+            return tensor.whole()
+        shape, offset = box_of(like)
+        return as_part(tensor.read(offset, shape).to(like.device), like)
     return as_part(part_of(tensor, like).to(like.device), like) if is_part(like) else tensor
 
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vitrail.checkpoints.adapt import adapt, check_overrides, with_overrides
+from vitrail.checkpoints.consolidate import is_checkpoint, load_checkpoint
 from vitrail.checkpoints.folder import CARD, CONFIG, WEIGHTS, load_folder, read_config, save_model
 from vitrail.checkpoints.foreign import (
     CONVENTIONS,
@@ -50,10 +51,11 @@ def load_model(
     """Return a model with its weights, in evaluation mode. Official files need no name: all is read off the arrays.
 
     Args:
-        source: A model folder; a weight file of `CONVENTIONS` (`.npz`, `.safetensors`, a PyTorch file, the `.index`
-            of a V-MoE checkpoint); the name of a model whose weights came with Vitrail ("vitrail-mini") or with a
-            package ("efficientnet-lite0"); or, downloaded once, `hf:OWNER/NAME[@REVISION]` and
-            `timm:NAME[@REVISION]` of the Hugging Face hub.
+        source: A model folder; a checkpoint of a run, or the folder of its checkpoints, of which the newest is taken,
+            with the weights that the run would ship; a weight file of `CONVENTIONS` (`.npz`, `.safetensors`, a PyTorch
+            file, the `.index` of a V-MoE checkpoint); the name of a model whose weights came with Vitrail
+            ("vitrail-mini") or with a package ("efficientnet-lite0"); or, downloaded once,
+            `hf:OWNER/NAME[@REVISION]` and `timm:NAME[@REVISION]` of the Hugging Face hub.
         allow_pickle: Whether a PyTorch file may be read; nothing in it is executed.
         offline: Take `hf:` and `timm:` models from the cache alone.
         **overrides: What the file cannot tell, or is to be another way. `image_size=`, with
@@ -68,6 +70,8 @@ def load_model(
     if is_hub_source(source):
         return load_from_hub(str(source), overrides, offline=offline, allow_pickle=allow_pickle)
     path = Path(source)
+    if is_checkpoint(path):
+        return with_overrides(load_checkpoint(path).model, overrides)
     if standing(path).is_dir():
         return load_folder(path, **overrides)
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
@@ -137,6 +141,8 @@ def convert(
 ) -> dict[str, Any]:
     """Bring weights from one form to another: from any source of `load_model` to a model folder or foreign file.
 
+    A checkpoint becomes the model that its run would have shipped there, with the run's settings.
+
     Args:
         source: As `load_model` takes it.
         dest: A folder; a file, whose suffix says its format, as `export_names` writes it; or `hf:OWNER/NAME`, to send a
@@ -165,16 +171,23 @@ def convert(
         raise UserError(f"--public and --license are for hf:OWNER/NAME, not for {dest}.")
     if to_file:
         require_written(Path(dest))
-    model = load_model(source, allow_pickle=allow_pickle, offline=offline, **overrides)
-    facts = _facts_of(source, allow_pickle)
+    if not is_hub_source(source) and is_checkpoint(Path(source)):
+        found = load_checkpoint(Path(source))
+        model = with_overrides(found.model, overrides)
+        facts: dict[str, Any] = {"source": str(source), "step": found.step}
+        origin = {name: found.document[name] for name in ("recipe", "data")}
+    else:
+        model = load_model(source, allow_pickle=allow_pickle, offline=offline, **overrides)
+        facts = _facts_of(source, allow_pickle)
+        origin = {"recipe": {"converted": dict(facts)}}
     written: dict[str, Any] = {"written": str(dest)}
     if to_hub:
-        with _as_folder(model, source, facts, changed=bool(overrides)) as folder:
+        with _as_folder(model, source, origin, changed=bool(overrides)) as folder:
             written = push_folder(folder, str(dest), public=public, license=license)
     elif to_file:
         facts["names"] = export_names(model, dest, names)
     else:
-        save_model(model, dest, recipe={"converted": dict(facts)})
+        save_model(model, dest, recipe=origin["recipe"], data=origin.get("data"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {**facts, "model": type(model).__name__, "parameters": parameters, **written}
 
@@ -191,14 +204,14 @@ def _facts_of(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def _as_folder(model: ImageModel, source: str | Path, facts: dict[str, Any], *, changed: bool) -> Iterator[Path]:
+def _as_folder(model: ImageModel, source: str | Path, origin: dict[str, Any], *, changed: bool) -> Iterator[Path]:
     """Give a model folder: the source's own, or one that is made of what was read and goes afterwards."""
     folder = _own_folder(source)
     if folder is not None and not changed and (folder / CARD).is_file():
         yield folder
         return
     with TemporaryDirectory() as place:
-        save_model(model, Path(place) / "model", recipe={"converted": dict(facts)})
+        save_model(model, Path(place) / "model", **origin)
         yield Path(place) / "model"
 
 
@@ -211,7 +224,7 @@ def _own_folder(source: str | Path) -> Path | None:
 
 def _why_not(source: str) -> str:
     known = (
-        f"vitrail loads model folders, weight files ({', '.join(SUFFIXES)}), the models "
+        f"vitrail loads model folders, checkpoints of runs, weight files ({', '.join(SUFFIXES)}), the models "
         f"{', '.join([*weights_at_hand(), *PACKAGES])}, "
         "and hf:OWNER/NAME or timm:NAME from the hub"
     )

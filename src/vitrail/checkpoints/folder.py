@@ -54,23 +54,7 @@ def save_model(
         UserError: When the labels do not fit the head, 16 bits cannot hold a weight, the disk is full, or the place
             holds something else.
     """
-    if model.labels and len(model.labels) != model.config.num_classes:
-        raise UserError(
-            f"the model has {len(model.labels)} labels but {model.config.num_classes} classes; "
-            "set model.labels to one name per class, in the order of the logits."
-        )
-    document = {
-        "format": FORMAT,
-        "vitrail": __version__,
-        "model": to_json(model.config),
-        "preprocessing": to_json(model.preprocessing),
-        "position_resize": model.position_resize,
-        "labels": list(model.labels),
-        "multi_label": model.multi_label,
-        "metrics": _plain(metrics),
-        "recipe": _plain(recipe),
-        "data": _plain(data),
-    }
+    document = model_document(model, metrics=metrics, recipe=recipe, data=data)
     config = (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     card = model_card(model, metrics=metrics, recipe=recipe, data=data).encode()
     state = dict(model.state_dict() if weights is None else weights)
@@ -84,6 +68,33 @@ def save_model(
 
     size = sum(tensor.nbytes for tensor in state.values()) + len(config) + len(card)
     publish(Path(folder), write, size=size)
+
+
+def model_document(
+    model: ImageModel,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what `config.json` says of a model. Arguments and errors are those of `save_model`."""
+    if model.labels and len(model.labels) != model.config.num_classes:
+        raise UserError(
+            f"the model has {len(model.labels)} labels but {model.config.num_classes} classes; "
+            "set model.labels to one name per class, in the order of the logits."
+        )
+    return {
+        "format": FORMAT,
+        "vitrail": __version__,
+        "model": to_json(model.config),
+        "preprocessing": to_json(model.preprocessing),
+        "position_resize": model.position_resize,
+        "labels": list(model.labels),
+        "multi_label": model.multi_label,
+        "metrics": _plain(metrics),
+        "recipe": _plain(recipe),
+        "data": _plain(data),
+    }
 
 
 def load_folder(folder: str | Path, **overrides: Any) -> ImageModel:
@@ -109,11 +120,20 @@ def load_folder(folder: str | Path, **overrides: Any) -> ImageModel:
     config = from_json(ModelConfig, document["model"], "model")
     shapes = {name: entry.shape for name, entry in read_header(weights).items()}
     check_fit(empty_model(config), shapes, weights)
-    model = assemble(config, read_tensors(weights), weights)
+    return with_overrides(described(document, read_tensors(weights), weights), overrides)
+
+
+def described(document: Mapping[str, Any], state: Mapping[str, Tensor], source: object) -> ImageModel:
+    """Return the model that a `config.json` describes, in evaluation mode, with its tensors, read from `source`.
+
+    Raises:
+        UserError: When the tensors do not fit.
+    """
+    model = assemble(from_json(ModelConfig, document["model"], "model"), state, source)
     model.preprocessing = from_json(Preprocessing, document["preprocessing"], "preprocessing")
     model.labels, model.multi_label = tuple(document["labels"]), document["multi_label"]
     model.position_resize = document.get("position_resize", "official")  # not in the oldest folders
-    return with_overrides(model, overrides)
+    return model
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -125,6 +145,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if (folder / "best" / CONFIG).is_file():
         raise UserError(f"{folder} is a run folder; its models lie in {folder / 'best'} and {folder / 'last'}.")
+    if (checkpoints := folder / "checkpoints").is_dir():
+        raise UserError(
+            f"{folder} is a run folder without a model yet; {checkpoints} has one of its newest checkpoint."
+        )
     if not path.is_file():
         raise UserError(f"{folder} is not a model folder: it has no {CONFIG}.")
     try:

@@ -2,7 +2,8 @@
 
 A folder is written beside its place, synced, listed with sizes and hashes in `manifest.json`, and renamed into place.
 Where one stands already it is set aside first, and removed once the new one stands; `recover` mends a crash between
-the two renames. One process at a time writes a given place; any number may read.
+the two renames. One process at a time writes a given place, or several that agree on each step (`publish_together`);
+any number may read.
 """
 
 import errno
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from vitrail.checkpoints.peers import Peers
 from vitrail.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -24,6 +26,7 @@ _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _WRONG_PLACE = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG}
 
+_Listed = dict[str, dict[str, object]]  # size and hash by name, as the manifest has them
 _log = logging.getLogger("vitrail")
 
 
@@ -42,7 +45,7 @@ class _Places(NamedTuple):
     """Being removed."""
 
 
-def publish(folder: Path, write: Callable[[Path], None], *, size: int = 0) -> None:
+def publish(folder: Path, write: Callable[[Path], object], *, size: int = 0) -> None:
     """Write a folder that appears in its place complete, or not at all.
 
     Files in the folder that `write` does not bring, as a user's notes, stay.
@@ -61,16 +64,62 @@ def publish(folder: Path, write: Callable[[Path], None], *, size: int = 0) -> No
     at = _places(folder)
     try:
         with _explained(folder, at.new, size):
-            recover(folder)
-            _refuse_to_replace_strangers(folder)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            require_space(folder, size)
-            at.new.mkdir()
+            _make_room(folder, at, size)
             write(at.new)
             _seal(at.new)
             _put_in_place(folder, at)
     except BaseException:
         shutil.rmtree(at.new, ignore_errors=True)  # the next `recover` removes what could not be removed now
+        raise
+
+
+def publish_together(folder: Path, write: Callable[[Path], Collection[str]], peers: Peers, *, size: int = 0) -> None:
+    """Write a folder as `publish` does, by several processes. It stands once the files of all are on the disk.
+
+    Args:
+        folder: The place, the same for all, on a disk that they share.
+        write: Writes this process's files into the folder it is given, and returns their names.
+        peers: All processes; each must call this.
+        size: Bytes that they will write together.
+
+    Raises:
+        UserError: In all processes, when any of them cannot write. What stood there still stands.
+        OSError: In all processes, when the disk of any fails. What stood there still stands.
+    """
+    folder = _real(folder)
+    at = _places(folder)
+
+    def begin() -> None:
+        if peers.first:
+            with _explained(folder, at.new, size):
+                _make_room(folder, at, size)
+
+    def fill() -> _Listed:
+        if not at.new.is_dir():
+            raise UserError(
+                f"{folder} cannot be written by all processes: not all find what the first one makes there. "
+                "Choose a folder on a disk that all machines share."
+            )
+        with _explained(folder, at.new, size):
+            return {name: _synced(at.new / name) for name in write(at.new)}
+
+    def stand(listed: list[_Listed]) -> None:
+        if peers.first:
+            with _explained(folder, at.new, size):
+                files = {name: entry for own in listed for name, entry in own.items()}
+                for name, entry in files.items():
+                    if (at.new / name).stat().st_size != entry["size"]:
+                        raise DamagedError(f"{folder / name} is not what was written; is {folder.parent} one disk?")
+                _write_manifest(at.new, files)
+                _put_in_place(folder, at)
+
+    try:
+        peers.agree(begin)
+        listed = peers.agree(fill)
+        peers.agree(lambda: stand(listed))
+    except BaseException:
+        if peers.first:
+            shutil.rmtree(at.new, ignore_errors=True)
         raise
 
 
@@ -150,7 +199,7 @@ def verify(folder: Path, names: Collection[str] | None = None) -> None:
     Raises:
         DamagedError: A UserError that names the file that is missing, truncated or changed.
     """
-    listed = _read_manifest(folder)
+    listed = read_manifest(folder)
     present = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     for name in listed if names is None else names:
         if name not in listed:
@@ -184,6 +233,15 @@ def _places(path: Path) -> _Places:
     return _Places(*(path.with_name(f".{path.name}.vitrail-{kind}") for kind in _Places._fields))
 
 
+def _make_room(folder: Path, at: _Places, size: int) -> None:
+    """Make the empty folder to write into."""
+    recover(folder)
+    _refuse_to_replace_strangers(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    require_space(folder, size)
+    at.new.mkdir()
+
+
 def _refuse_to_replace_strangers(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} holds files that vitrail did not write; choose another place or move them away.")
@@ -193,12 +251,19 @@ def _refuse_to_replace_strangers(folder: Path) -> None:
 
 def _seal(folder: Path) -> None:
     """Sync every file to the disk and list it in the manifest."""
-    listed: dict[str, dict[str, object]] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with open(path, "rb+") as file:  # Windows syncs only what is open for writing
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            listed[path.relative_to(folder).as_posix()] = {"size": file.tell(), "sha256": digest}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    _write_manifest(folder, {path.relative_to(folder).as_posix(): _synced(path) for path in files})
+
+
+def _synced(path: Path) -> dict[str, object]:
+    """Sync a file to the disk, and return what the manifest says of it."""
+    with open(path, "rb+") as file:  # Windows syncs only what is open for writing
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": file.tell(), "sha256": digest}
+
+
+def _write_manifest(folder: Path, listed: _Listed) -> None:
     with open(folder / MANIFEST, "wb") as file:
         file.write(json.dumps({"files": listed}, indent=1).encode() + b"\n")
         file.flush()
@@ -246,7 +311,12 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return size in bytes and SHA-256 of the files of a folder that `publish` wrote, by name.
+
+    Raises:
+        DamagedError: When the manifest is missing or damaged.
+    """
     path = folder / MANIFEST
     try:
         files = json.loads(path.read_bytes())["files"]

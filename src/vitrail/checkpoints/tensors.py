@@ -92,6 +92,38 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+class TensorFile:
+    """A file of tensors that is read in pieces.
+
+    Raises:
+        DamagedError: A UserError, when the file is not what the format says, or oversized.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            self.entries = _header(file, path)
+            self._base = file.tell()
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor, or rows of it: those of the first axis from `rows.start` to `rows.stop`.
+
+        Raises:
+            DamagedError: A UserError, when the file has been truncated since.
+        """
+        entry = self.entries[name]
+        shape, start = entry.shape, entry.start
+        if rows is not None:
+            shape = (rows.stop - rows.start, *entry.shape[1:])
+            start += rows.start * math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        tensor = torch.empty(shape, dtype=entry.dtype)
+        with open(self.path, "rb") as file:
+            file.seek(self._base + start)
+            if file.readinto(_raw(tensor)) != tensor.nbytes:
+                raise DamagedError(f"{self.path} ends before its tensor {name!r}; restore it from a copy.")
+        return tensor
+
+
 def read_header(path: Path) -> dict[str, Entry]:
     """Return what a file holds, in the order of the file, without reading the tensors. Raises as `read_tensors`."""
     with open(path, "rb") as file:

@@ -63,7 +63,7 @@ def convert(
     """Bring weights from one form to another: model folders, files under the names of other libraries, and the hub.
 
     Args:
-        source: Model folder, weight file, model name with weights at hand, hf:ID or timm:ID.
+        source: Model folder, checkpoint of a run, weight file, model name with weights at hand, hf:ID or timm:ID.
         dest: Folder for a Vitrail model; a file: .npz, .safetensors, .pth, or .index (V-MoE); or hf:OWNER/NAME, to
             send the model, its settings and its card to the Hugging Face hub, where a new repository is private.
         names: For a file, whose names to write: vit, vit-published, big-vision, vmoe, timm, hf, cvt or

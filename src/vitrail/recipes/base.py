@@ -60,6 +60,11 @@ class Learner(ABC):
         return self.average.applied(self.model) if self.average else nullcontext()
 
     @property
+    def shipped_part(self) -> tuple[str, ...]:
+        """Where in `state_dict` the weights to ship are: keys, the last one the beginning of the weights' own names."""
+        return ("average", "average", "") if self.average else ("models", "model", "")
+
+    @property
     def judge(self) -> Callable[[Tensor], Tensor] | None:
         """What validation asks of a batch of views: a loss per picture, [b 1]. None: to classify them, by their labels.
 
@@ -102,7 +107,7 @@ class Learner(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Return everything the next step depends on, besides the data and the random generators.
 
-        Where weights are spread over processes, so are they and their moments here: `gathered` puts them together.
+        Where weights are spread over processes, so are they and their moments here.
         """
         return {
             "models": {name: model.state_dict() for name, model in self.models.items()},
@@ -112,7 +117,7 @@ class Learner(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state, of whole tensors, however weights are spread here."""
+        """Take over a saved state, of whole tensors or such as are on the disk yet, however weights are spread here."""
         for name, model in self.models.items():
             model.load_state_dict(spread(state["models"][name], like=model.state_dict()))
         for name, optimizer in self.optimizers.items():

@@ -144,6 +144,10 @@ class MaskedLearner(Learner):
         return self.average.applied(self.models) if self.average else nullcontext()
 
     @property
+    def shipped_part(self) -> tuple[str, ...]:
+        return ("average", "average", "model.") if self.average else super().shipped_part
+
+    @property
     def judge(self) -> Callable[[Tensor], Tensor]:
         """Ask for each picture's masked loss, [b 1], under a mask that is the picture's own and always the same."""
         return lambda images: self._losses(self._masked, images, picture_keys(images))[:, None]

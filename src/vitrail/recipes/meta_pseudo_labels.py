@@ -198,6 +198,10 @@ class MetaPseudoLabelsLearner(Learner):
     def shipped_weights(self) -> AbstractContextManager[None]:
         return nullcontext() if self._finetuning else super().shipped_weights()
 
+    @property
+    def shipped_part(self) -> tuple[str, ...]:
+        return ("models", "model", "") if self._finetuning else super().shipped_part
+
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"baseline": self._baseline, "finetuning": self._finetuning}
 

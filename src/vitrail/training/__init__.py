@@ -18,6 +18,7 @@ from vitrail.training.callbacks import Callback, TensorBoard
 from vitrail.training.finding import find_settings, is_out_of_memory
 from vitrail.training.folder import RunFolder
 from vitrail.training.loop import Loop
+from vitrail.training.saving import run_peers
 from vitrail.training.setup import Parts, assemble, open_run_data, pack, resolve_length
 from vitrail.training.signals import StopRequest, stop_on_signals
 from vitrail.training.speed import advise_bf16, require_compiler, settle_compiling
@@ -74,7 +75,7 @@ def run_training(config: RunConfig, callbacks: Sequence[Callback] = ()) -> RunRe
             folder.begin(config, resolved, _facts(parts) | measurements)
         # 4. The newest good checkpoint, if any.
         loop = Loop(resolved, parts, folder, stop, callbacks)
-        state = folder.load_state()
+        state = folder.load_state(run_peers())
         if state is not None:
             _check_same_data(folder, parts)
             loop.restore(state)

@@ -6,16 +6,19 @@ in it), so a run that was killed and resumed leaves the same bytes; `timing.json
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vitrail.checkpoints.peers import ALONE, Peers
 from vitrail.checkpoints.resume import load_latest, save_state
 from vitrail.checkpoints.storage import recover, write_file
 from vitrail.config.codec import from_json, to_json
 from vitrail.config.run import RunConfig
 from vitrail.errors import UserError
+from vitrail.parallel import gather_objects, launch, restarts
 
 FORMAT = 1
 
@@ -46,7 +49,8 @@ class RunFolder:
         """Write `config.json`: the settings, and `facts` about data and machine."""
         if not self._writes:
             return
-        document = {"format": FORMAT, "requested": to_json(requested), "resolved": to_json(resolved), **facts}
+        settings = {"requested": to_json(requested), "resolved": to_json(resolved)}
+        document = {"format": FORMAT, **settings, **facts, "launch": launch()}
         write_file(self.path / "config.json", (json.dumps(document, indent=1) + "\n").encode())
 
     def stored(self) -> dict[str, Any] | None:
@@ -70,13 +74,15 @@ class RunFolder:
     def resume_config(self, asked: RunConfig) -> RunConfig | None:
         """Return the resolved settings of the run that lies here, or None when there is none.
 
+        A run that torchrun has begun here goes on by itself when torchrun starts its processes again.
+
         Raises:
             UserError: When a run lies here and was not to be resumed, or was asked for with other settings.
         """
         document = self.stored()
         if document is None:
             return None
-        if not asked.resume:
+        if not (asked.resume or self._started_again(document)):
             raise UserError(f"{self.path} holds a run already. Add --resume to continue it, or choose another --out.")
         requested = from_json(RunConfig, document["requested"], "config.json")
         if differences := _differences(_comparable(requested), _comparable(asked)):
@@ -88,15 +94,27 @@ class RunFolder:
         return replace(
             resolved,
             input=replace(resolved.input, workers=asked.input.workers, packed=asked.input.packed),
-            loop=replace(resolved.loop, activation_checkpointing=asked.loop.activation_checkpointing),
+            loop=replace(
+                resolved.loop,
+                activation_checkpointing=asked.loop.activation_checkpointing,
+                sharding=asked.loop.sharding,
+            ),
         )
 
-    def load_state(self) -> dict[str, Any] | None:
-        """Return the newest good checkpoint and cut the logs back to where it stood, or None without one."""
+    def _started_again(self, document: Mapping[str, Any]) -> bool:
+        return restarts() > 0 and document.get("launch") == gather_objects(launch())[0]
+
+    def load_state(self, peers: Peers = ALONE) -> dict[str, Any] | None:
+        """Return the newest good checkpoint and cut the logs back to where it stood, or None without one.
+
+        Args:
+            peers: The processes that read it together. Each reads of the tensors, which are on the disk yet
+                (`sharding.Stored`), what it needs.
+        """
         if self._writes:
             recover(self.best)
             recover(self.last)
-        found = load_latest(self.checkpoints)
+        found = load_latest(self.checkpoints, peers=peers, lazily=True)
         if found is None:
             if self._writes:
                 for name in ("metrics.jsonl", "timing.jsonl"):
@@ -108,11 +126,13 @@ class RunFolder:
                 _truncate(self.path / name, size)
         return state
 
-    def save_state(self, state: dict[str, Any], keep: int) -> None:
-        """Write a checkpoint; the last good one stays until the new one stands."""
-        if self._writes:
-            logs = {name: _flushed_size(self.path / name) for name in ("metrics.jsonl", "timing.jsonl")}
-            save_state(self.checkpoints, state | {"logs": logs}, keep=keep)
+    def checkpoint(self, state: dict[str, Any], keep: int, peers: Peers = ALONE) -> Callable[[], object]:
+        """Return what writes a checkpoint, to which the logs as they are now belong.
+
+        The last good one stays until the new one stands. Arguments as those of `resume.save_state`.
+        """
+        logs = {name: _flushed_size(self.path / name) for name in ("metrics.jsonl", "timing.jsonl") if self._writes}
+        return partial(save_state, self.checkpoints, state | {"logs": logs}, keep=keep, peers=peers)
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl` or `timing.jsonl`."""
@@ -127,10 +147,18 @@ class RunFolder:
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that decide the result: all but where it lies, and what only memory and threads notice."""
+    """Return the settings that decide the result, but for rounding.
+
+    All but where it lies, and what only memory, threads and processes notice.
+    """
     tree = to_json(replace(config, resume=False, out=None))
     tree["data"] = config.data and str(Path(config.data).resolve())
-    del tree["input"]["workers"], tree["input"]["packed"], tree["loop"]["activation_checkpointing"]
+    del (
+        tree["input"]["workers"],
+        tree["input"]["packed"],
+        tree["loop"]["activation_checkpointing"],
+        tree["loop"]["sharding"],
+    )
     return tree
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vitrail.checkpoints import save_model
+from vitrail.checkpoints.folder import model_document
 from vitrail.config.codec import to_json
 from vitrail.config.run import RunConfig
 from vitrail.data.base import Source
@@ -19,9 +20,10 @@ from vitrail.errors import Interrupted, UserError
 from vitrail.evaluation import ask, predict_logits
 from vitrail.metrics import mean_loss, score
 from vitrail.parallel import any_process, gather_objects, mean_over_processes, rank, world_size
-from vitrail.sharding import gathered, is_sharded, local
+from vitrail.sharding import gathered, is_sharded, local, read
 from vitrail.training.callbacks import Callback
 from vitrail.training.folder import RunFolder
+from vitrail.training.saving import Saver
 from vitrail.training.setup import Parts, random_state, restore_random_state
 from vitrail.training.signals import StopRequest
 
@@ -40,6 +42,7 @@ class Loop:
     ) -> None:
         assert config.loop.steps is not None  # resolved at the start of the run
         self.config, self.parts, self.folder, self.stop = config, parts, folder, stop
+        self.saver = Saver(folder, together=is_sharded(parts.learner.models))
         self.callbacks = callbacks if rank() == 0 else ()
         self.steps = config.loop.steps
         self.step = 0
@@ -57,30 +60,31 @@ class Loop:
 
         Raises:
             Interrupted: After saving, when a signal asked to stop.
-            UserError: When the loss is no longer a number, or the data fails.
+            UserError: When the loss is no longer a number, the data fails, or a checkpoint cannot be written.
         """
         for callback in self.callbacks:
             callback.start(self.folder.path, self.step, self.steps)
         try:
             self._run()
         except Interrupted:
-            self.save()  # here, where the model holds its own weights again, not the average
+            self.save(wait=True)  # here, where the model holds its own weights again, not the average
             raise
         finally:
             self.parts.stream.close()
+            self.saver.close()
             for callback in self.callbacks:
                 callback.finish()
 
     def _run(self) -> None:
         loop = self.config.loop
         if self.step == 0:
-            self.save()  # proves disk and permissions before any work is at stake
+            self.save(wait=True)  # proves disk and permissions before any work is at stake
         while True:
             ends = self.step == self.steps
             if (self.step % loop.eval_every == 0 or ends) and 0 < self.step != self.evaluated:
                 self.evaluate()
             if ends or self._out_of_patience():
-                self.save()
+                self.save(wait=True)
                 return
             if self.step and self.step % loop.save_every == 0:
                 self.save()
@@ -181,17 +185,21 @@ class Loop:
                 return predict_logits(learner.model, val, **options).metrics()
             return mean_loss(ask(learner.model, val, answer=learner.judge, **options).rows)
 
-    def save(self) -> None:
-        """Write a checkpoint.
+    def save(self, *, wait: bool = False) -> None:
+        """Write a checkpoint of the state as it is now, while the run goes on.
+
+        Args:
+            wait: Return only once the checkpoint stands.
 
         Raises:
-            UserError: When loss or weights are no longer numbers; the checkpoint of before stays the last.
+            UserError: When loss or weights are no longer numbers, or a checkpoint, this one or the one before, cannot
+                be written; the last one that could stands.
         """
         loss = [self.window["loss"]] if self.window else []
         if any_process(not _finite([*loss, *self.parts.learner.models.parameters()]), self.parts.device):
             raise self._diverged("loss or weights are not finite")
         states = gather_objects(random_state())
-        self.folder.save_state(
+        self.saver.save(
             {
                 "step": self.step,
                 "evaluated": self.evaluated,
@@ -200,25 +208,28 @@ class Loop:
                 "window": self.window,
                 "window_steps": self.window_steps,
                 "window_end": self.window_end,
-                "learner": gathered(self.parts.learner.state_dict()),
+                "learner": self.parts.learner.state_dict(),
                 "stream": self.parts.stream.state_dict(),
                 "random": states,
+                "shipped": {"part": self.parts.learner.shipped_part, "document": self._document()},
             },
             keep=self.config.loop.keep,
         )
+        if wait:
+            self.saver.wait()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint, whose tensors may be on the disk yet."""
         self.step, self.evaluated = state["step"], state["evaluated"]
         self.best, self.since_best = state["best"], state["since_best"]
         self.window = {name: total.to(self.parts.device) for name, total in state["window"].items()}
         self.window_steps = state["window_steps"]
         self.window_end = state.get("window_end", {})  # older checkpoints have none
         self.parts.learner.load_state_dict(state["learner"])
-        self.parts.stream.load_state_dict(state["stream"])
+        self.parts.stream.load_state_dict(read(state["stream"]))
         # With another number of processes there is no state to put back; only dropout then differs.
         if rank() < len(state["random"]):
-            restore_random_state(state["random"][rank()])
+            restore_random_state(read(state["random"][rank()]))
 
     def finish(self) -> None:
         """Write the model folder `last`, and `best` where there was nothing to validate on."""
@@ -237,10 +248,18 @@ class Loop:
                 model,
                 self.folder.path / name,
                 metrics=metrics,
-                recipe=to_json(self.config),
-                data={"fingerprint": self.parts.fingerprint, "train": len(self.parts.data.train)},
                 weights=weights,
+                **self._origin(),
             )
+
+    def _document(self) -> dict[str, Any]:
+        """Return what makes a model folder of the weights in a checkpoint."""
+        return model_document(self.parts.learner.model, **self._origin())
+
+    def _origin(self) -> dict[str, Any]:
+        """Return what a model folder says of where its weights come from."""
+        data = {"fingerprint": self.parts.fingerprint, "train": len(self.parts.data.train)}
+        return {"recipe": to_json(self.config), "data": data}
 
     def _diverged(self, what: str) -> UserError:
         return UserError(
@@ -259,7 +278,8 @@ class Loop:
         # Asking every process costs a round trip, so on GPUs they agree on every eighth update only.
         if world_size() > 1 and self.parts.device.type == "cuda" and self.step % 8:
             return
-        if any_process(bool(self.stop), self.parts.device):
+        if any_process(bool(self.stop) or self.saver.failed, self.parts.device):
+            self.saver.wait()  # tells all of an error in any
             number = self.stop.signal or signal.SIGTERM  # another process may have got the signal
             raise Interrupted(f"stopped at step {self.step} of {self.steps}; saved in {self.folder.path}", number)
 
